@@ -1,0 +1,1 @@
+"""The only code that imports Ray: controller, policies, worker actors, jobs client."""

@@ -1,0 +1,1 @@
+"""Mesh and autograd-aware collectives: with engine and checkpoint the only code that imports torch.distributed."""

@@ -1,0 +1,1 @@
+"""Token store, packing, deterministic order, tokenizers: the only code that imports pyarrow."""

@@ -1,0 +1,20 @@
+"""What every data source has in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ConfigDict
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """Base of every `data/sources/<name>.py` `Config`; that class adds its own fields (`path`, `text_field`)."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    """The source: a module of `data/sources/`."""
+    tokenizer: str
+    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
+    store: Path | None
+    """Folder of the prepared token store; null is a folder of the user's cache named after source and tokenizer."""

@@ -1,0 +1,1 @@
+"""Objectives, one file each: `Config` and `Objective`; they return sums and counts, never means."""

@@ -1,0 +1,1 @@
+"""How the sequence axis is cut over ranks: one file per algorithm and verb, and the handle that mixers see."""

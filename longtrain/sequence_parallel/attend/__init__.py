@@ -1,0 +1,1 @@
+"""Algorithms that serve `Sequence.attend`: a module defines `attend(call, shard, carry) -> (output, carry)`."""

@@ -1,0 +1,22 @@
+"""How the sequence axis is cut over ranks."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class SequenceParallelConfig:
+    """`conf/sequence_parallel/*.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    size: Annotated[int, Field(ge=1)]
+    """Ranks that share one sequence (the sequence-parallel degree)."""
+    scan: str
+    """Algorithm for recurrent layers, a module of `sequence_parallel/scan/`."""
+    attend: str
+    """Algorithm for softmax layers, a module of `sequence_parallel/attend/`."""
+    layout: Literal["contiguous"]
+    """Which tokens a rank holds."""

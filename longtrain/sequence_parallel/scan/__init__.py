@@ -1,0 +1,1 @@
+"""Algorithms that serve `Sequence.scan`: a module defines `scan(op, shard, carry) -> (output, carry)`."""

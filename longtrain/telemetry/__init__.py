@@ -1,0 +1,1 @@
+"""Run-directory records, the progress line, wandb (the only code that imports it)."""
