@@ -1,8 +1,12 @@
 """Shape of a model: a pattern of mixers and the widths around them."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import ConfigDict
+
+from longtrain.core.errors import Refused
 
 
 @dataclass(frozen=True)
@@ -24,3 +28,14 @@ class ModelConfig:
     norm_epsilon: float
     initializer_std: float
     """Standard deviation of every projection and of the embedding; residual outputs are scaled by 1/sqrt(2 layers)."""
+
+
+def parse_pattern(pattern: Sequence[str]) -> list[str]:
+    """`("a x3", "b")` -> `["a", "a", "a", "b"]`. Raises Refused for an entry of another form."""
+    names: list[str] = []
+    for entry in pattern:
+        match = re.fullmatch(r"(\w+)(?: x(\d+))?", entry)
+        if match is None:
+            raise Refused(f"model.pattern: '{entry}' is neither `mixer` nor `mixer x3`")
+        names += [match[1]] * int(match[2] or 1)
+    return names
