@@ -45,12 +45,15 @@ def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, doc
     vector = log_decay.dim() == 4
     size = VECTOR_CHUNK if vector else SCALAR_CHUNK
     q, k, v = (_split(x.to(dtype), size) for x in (queries, keys, values))
-    b = _split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size).cumsum(-2)
+    log_decay = _split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size)
     documents = _split_documents(documents, size)
     carried = F.pad(documents[:, :-1, -1], (1, 0))  # the document that the chunk's incoming state belongs to
 
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
     visible = (same & torch.ones(size, size, dtype=torch.bool, device=v.device).tril()).unsqueeze(2)
+    # A cumulative sum that starts anew in each document: one sum over the chunk would let the rounding of a document
+    # depend on the documents before it.
+    b = visible.to(dtype) @ log_decay
     # Masked before the exponential: b_i - b_j is positive, and may overflow, where j comes after i.
     if vector:
         distance = (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(~visible.unsqueeze(-1), float("-inf"))

@@ -26,5 +26,5 @@ def diagonal_scan_reference(
         outer = torch.einsum("bhk,bhv->bhkv", keys[:, t].to(dtype), values[:, t].to(dtype))
         state = (decay[:, t] * continues[:, t, None, None]).unsqueeze(-1) * state + outer
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, queries[:, t].to(dtype)))
-    output = torch.stack(outputs, dim=1) if outputs else values.new_zeros(values.shape, dtype=dtype)
+    output = torch.stack(outputs, dim=1) if outputs else values
     return output.to(values.dtype), state

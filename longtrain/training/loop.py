@@ -1,0 +1,151 @@
+"""The training loop: batch, forward, backward, update; metrics every step, a checkpoint now and then."""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from longtrain.checkpoint.store import CheckpointStore
+from longtrain.comm.mesh import Mesh
+from longtrain.core.errors import LongtrainError
+from longtrain.engine.replicated import ReplicatedEngine, StepResult
+from longtrain.model.build import MakeSequence
+from longtrain.model.model import Model
+from longtrain.telemetry.events import CheckpointDone, StepDone
+from longtrain.telemetry.records import RunRecords
+from longtrain.training.batch import BatchReader
+from longtrain.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from longtrain.training.rank import Listener
+
+# Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Where the loop is: steps done and tokens consumed since the start of the run."""
+
+    step: int
+    tokens: int
+
+
+@dataclass
+class Loop:
+    """Everything a rank needs for its steps."""
+
+    config: TrainingConfig
+    mesh: Mesh
+    device: torch.device
+    model: Model
+    objective: Any
+    engine: ReplicatedEngine
+    reader: BatchReader
+    make_sequence: MakeSequence
+    store: CheckpointStore
+    records: RunRecords | None
+    """Of the writer; None on the other ranks."""
+    listener: "Listener"
+    corpus_digest: str
+    ledger: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of the steps since the last checkpoint: they are committed with the next one."""
+
+    def run(self, step: int, tokens: int) -> Progressed:
+        """Train from `step` steps and `tokens` tokens done, to the last step or until a stop is requested."""
+        while step < self.config.steps:
+            self.listener.phase("step", step)
+            begun = time.perf_counter()
+            batch_tokens = self.reader.tokens_per_step
+            loss, result, stop = self._step(step, tokens)
+            step, tokens = step + 1, tokens + batch_tokens
+            self._record(step, tokens, loss, result, time.perf_counter() - begun)
+            if stop or step == self.config.steps or step % self.config.checkpoint.every_steps == 0:
+                self._checkpoint(step, tokens)
+            if stop:
+                break
+        return Progressed(step, tokens)
+
+    def _step(self, step: int, position: int) -> tuple[float, StepResult, bool]:
+        """One update; returns the global mean loss in nats and whether any rank was asked to stop."""
+        batch = self.reader.read(position)
+        stop = torch.tensor(float(self.listener.stop_requested()), dtype=torch.float64, device=self.device)
+        sums = self.mesh.world.all_reduce(torch.stack([self.objective.count(batch.labels), stop]))
+        count = sums[0].clamp(min=1)
+        with self.engine.autocast(self.device):
+            hidden = self.model(batch.tokens, self.make_sequence(batch.layout))
+            total: Tensor = self.objective.loss_sum(hidden, self.model.head, batch.labels)
+        result = self.engine.step(total / count.to(total.dtype), step)
+        loss = (self.mesh.world.all_reduce(total.detach().double()) / count).item()
+        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+            end = position + self.reader.tokens_per_step
+            raise LongtrainError(
+                f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (tokens {position} to {end} of the "
+                "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
+            )
+        return loss, result, bool(sums[1] > 0)
+
+    def _record(self, step: int, tokens: int, loss: float, result: StepResult, seconds: float) -> None:
+        if self.records is None:
+            return
+        size = self.reader.tokens_per_step
+        done = StepDone(
+            step=step,
+            tokens=tokens,
+            loss=loss,
+            grad_norm=result.grad_norm,
+            learning_rate=result.learning_rate,
+            step_seconds=seconds,
+            tokens_per_second=size / seconds,
+            peak_memory_bytes=peak_memory(self.device),
+            mfu=self._mfu(size / seconds),
+        )
+        self.records.metrics(done)
+        self.listener.event(done)
+        self.ledger.append(
+            {
+                "step": step,
+                "begin": tokens - size,
+                "end": tokens,
+                "context_length": self.config.context_length,
+                "batch_size": self.config.batch_size,
+                "seed": self.config.seed,
+                "world_size": self.mesh.world.size,
+                "sequence_parallel_size": self.mesh.sequence.size,
+                "loss": loss.hex(),
+            }
+        )
+
+    def _checkpoint(self, step: int, tokens: int) -> None:
+        self.listener.phase("checkpoint", step)
+        begun = time.perf_counter()
+        metadata = {"tokens": tokens, "seed": self.config.seed, "corpus": self.corpus_digest, "ledger": self.ledger}
+        path = self.store.save(step, self.engine.state(), metadata)
+        if self.records is not None:
+            self.records.ledger(self.ledger)
+            self.listener.event(CheckpointDone(step=step, path=str(path), seconds=time.perf_counter() - begun))
+        self.ledger = []
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOP utilisation over all ranks, or None where the device's peak is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
+        if peak is None:
+            return None
+        flops = self.model.flops_per_token(self.config.context_length / 2)
+        return tokens_per_second * flops / (peak * self.mesh.world.size)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: of the GPU's allocator, or the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
