@@ -79,7 +79,7 @@ class ReplicatedEngine:
         return StepResult(grad_norm=norm.item(), learning_rate=rate)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint needs, by canonical name: `model.<parameter>`, `optimizer.<moment>.<parameter>`."""
+        """What a checkpoint needs, by canonical name: `model.<parameter>` and `optimizer.<moment>.<parameter>`."""
         tensors = {f"model.{name}": p.detach() for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
             for moment, value in self._optimizer.state[parameter].items():

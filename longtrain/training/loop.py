@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from longtrain.telemetry.events import CheckpointDone, StepDone
 from longtrain.telemetry.records import RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from longtrain.training.rank import Listener
+from longtrain.training.listener import Listener
 
 # Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -51,7 +49,7 @@ class Loop:
     store: CheckpointStore
     records: RunRecords | None
     """Of the writer; None on the other ranks."""
-    listener: "Listener"
+    listener: Listener
     corpus_digest: str
     ledger: list[dict[str, Any]] = field(default_factory=list)
     """Lines of the steps since the last checkpoint: they are committed with the next one."""

@@ -4,7 +4,6 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -15,31 +14,16 @@ from longtrain.core.registry import Registry
 from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.build import build_model, sequence_maker
-from longtrain.telemetry.events import Event, Started
+from longtrain.telemetry.events import Started
 from longtrain.telemetry.records import RunLock, RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
+from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop, Progressed
 from longtrain.training.resume import resume
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
-
-
-class Listener(Protocol):
-    """What a rank tells its surroundings, and what it asks of them."""
-
-    def event(self, event: Event) -> None:
-        """Rank 0 only, on the main thread."""
-        ...
-
-    def phase(self, name: str, step: int) -> None:
-        """Every rank, on the main thread, cheap: `start`, `load`, `step`, `checkpoint`, `done`."""
-        ...
-
-    def stop_requested(self) -> bool:
-        """Asked once a step on every rank; one that says yes makes all ranks save and leave."""
-        ...
 
 
 @dataclass(frozen=True)
