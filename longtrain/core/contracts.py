@@ -11,9 +11,6 @@ from torch import Tensor
 
 from longtrain_kernels.affine import Segment
 
-IGNORED_LABEL = -100
-"""Label of a token at which nothing is to be predicted."""
-
 
 class Recurrence(Protocol):
     """A linear recurrence bound to the inputs of one segment, such as `longtrain_kernels.diagonal_scan.DiagonalScan`.

@@ -7,11 +7,9 @@ does not depend on the context length, the number of ranks, or on what was read 
 
 import numpy as np
 
+from longtrain.core.labels import IGNORED_LABEL
 from longtrain.data.order import Order, Pieces
 from longtrain.data.store import TokenStore
-
-IGNORED_LABEL = -100
-"""The label where nothing is to be predicted: behind the end of a document."""
 
 
 class Window:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longtrain.core.contracts import IGNORED_LABEL
+from longtrain.core.labels import IGNORED_LABEL
 
 CHUNK_TOKENS = 4096  # logits of so many tokens exist at once: 2 GiB in float32 at a vocabulary of 128k
 

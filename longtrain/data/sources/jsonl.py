@@ -15,6 +15,8 @@ from longtrain.data.source import Document, InputFile, decode_text, find_files
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
+    """`conf/data/jsonl.yaml`."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     path: Path | None
@@ -24,10 +26,12 @@ class Config(SourceConfig):
 
 
 def inputs(config: Config) -> list[InputFile]:
+    """The files that the documents come from, for the fingerprint of the store."""
     return find_files(config.path, [".jsonl"])
 
 
 def documents(config: Config) -> Iterator[Document]:
+    """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     for file in inputs(config):
         try:
             yield from _read(file, config.text_field)

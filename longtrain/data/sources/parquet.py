@@ -17,6 +17,8 @@ _ROWS_PER_READ = 64
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
+    """`conf/data/parquet.yaml`."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     path: Path | None
@@ -26,10 +28,12 @@ class Config(SourceConfig):
 
 
 def inputs(config: Config) -> list[InputFile]:
+    """The files that the documents come from, for the fingerprint of the store."""
     return find_files(config.path, [".parquet"])
 
 
 def documents(config: Config) -> Iterator[Document]:
+    """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     for file in inputs(config):
         yield from _read(file, config.text_field)
 

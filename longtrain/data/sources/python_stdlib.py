@@ -29,5 +29,6 @@ def inputs(config: Config) -> list[InputFile]:
 
 
 def documents(config: Config) -> Iterator[Document]:
+    """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     for file in inputs(config):
         yield Document(read_text(file.path), file.name)

@@ -14,6 +14,8 @@ from longtrain.data.source import Document, InputFile, find_files, read_text
 
 @dataclass(frozen=True)
 class Config(SourceConfig):
+    """`conf/data/text.yaml`."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     path: Path | None
@@ -31,6 +33,7 @@ def inputs(config: Config) -> list[InputFile]:
 
 
 def documents(config: Config) -> Iterator[Document]:
+    """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     files = inputs(config)
     if config.documents == "file":
         for file in files:

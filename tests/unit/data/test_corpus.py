@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtrain.data.corpus import IGNORED_LABEL, Corpus
+from longtrain.core.labels import IGNORED_LABEL
+from longtrain.data.corpus import Corpus
 from longtrain.data.order import Order
 from longtrain.data.store import TokenStore
 
