@@ -72,7 +72,7 @@ class CheckpointStore:
             outcome["file"] = asdict(write_shard(temporary / shard_name(ranks.rank(), ranks.world_size()), own))
         except Exception as caught:  # the other ranks wait for this one's outcome, whatever it is
             error = caught
-            outcome["failure"] = asdict(failure_of(caught, self._directory))
+            outcome["failure"] = asdict(failure_of(caught))
         outcomes = ranks.gather(outcome)
 
         def manifest() -> Manifest:
@@ -141,7 +141,7 @@ class CheckpointStore:
         try:
             return begin(target)
         except OSError as error:
-            raise self._refusal(0, failure_of(error, _existing(target)), target, needed) from error
+            raise self._refusal(0, failure_of(error), target, needed) from error
 
     def _finish(
         self,
@@ -151,19 +151,21 @@ class CheckpointStore:
         needed: int,
         manifest: Callable[[], Manifest],
     ) -> None:
+        failures = [
+            (rank, Failure(**outcome["failure"])) for rank, outcome in enumerate(outcomes) if "failure" in outcome
+        ]
         try:
-            for rank, outcome in enumerate(outcomes):
-                if "failure" in outcome:
-                    raise self._refusal(rank, Failure(**outcome["failure"]), target, needed)
-            for rank, outcome in enumerate(outcomes):
-                if outcome["layout"] != outcomes[0]["layout"]:
-                    raise RuntimeError(f"checkpoint {target}: rank {rank} has another step or tensors than rank 0")
-            commit(temporary, target, manifest())
-        except Exception as error:
+            odd = [rank for rank, outcome in enumerate(outcomes) if outcome["layout"] != outcomes[0]["layout"]]
+            if odd and not failures:
+                raise RuntimeError(f"checkpoint {target}: rank {odd[0]} has another step or tensors than rank 0")
+            if not failures:
+                commit(temporary, target, manifest())
+        except OSError as error:
+            failures = [(0, failure_of(error))]
+        finally:
             undo(temporary)
-            if isinstance(error, OSError):
-                raise self._refusal(0, failure_of(error, self._directory), target, needed) from error
-            raise
+        if failures:
+            raise self._refusal(*failures[0], target, needed)
         retain(target, self._keep, self._corrupt - {target})
         self._corrupt.clear()
 
@@ -201,8 +203,3 @@ def _layout_digest(step: int, tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _summary(problems: list[str]) -> str:
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "")
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(parent for parent in path.absolute().parents if parent.is_dir())
