@@ -1,6 +1,7 @@
 """One rank of a training run, from the configuration and the env:// variables to its outcome."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,8 @@ from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.build import build_model, sequence_maker
 from longtrain.telemetry.events import Started
-from longtrain.telemetry.records import RunLock, RunRecords
+from longtrain.telemetry.lock import RunLock
+from longtrain.telemetry.records import RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
@@ -48,7 +50,8 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     with process_group(device, COLLECTIVE_TIMEOUT):
         mesh = build_mesh(config.sequence_parallel.size)
         directory = run_directory(config)
-        with RunLock(directory, LOCK_TIMEOUT_SECONDS, held=mesh.is_writer):
+        directory.mkdir(parents=True, exist_ok=True)
+        with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
             corpus = open_corpus(config.data, registry, config.seed)
             model = build_model(config.model, config.mixer, corpus.vocab_size, config.seed, registry).to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
@@ -84,6 +87,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 records=records,
                 listener=listener,
                 corpus_digest=corpus.digest,
+                attempt=start.attempt,
             )
             end: Progressed = loop.run(start.step, start.tokens)
     listener.phase("done", end.step)

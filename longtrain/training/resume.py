@@ -10,7 +10,7 @@ from longtrain.core.errors import Refused
 from longtrain.data.corpus import Corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.telemetry.events import Event, Warned
-from longtrain.telemetry.records import RunRecords
+from longtrain.telemetry.records import LedgerLine, RunRecords
 from longtrain.training.config import TrainingConfig
 
 
@@ -20,6 +20,8 @@ class Start:
 
     step: int
     tokens: int
+    attempt: int
+    """Which start of the workers this is, counted from 0."""
     path: str | None
     """The checkpoint, or None at step 0."""
 
@@ -50,22 +52,23 @@ def resume(
     if found is None:
         if records is not None:
             records.rewind(0, [])
-        return Start(step=0, tokens=0, path=None)
+        return Start(step=0, tokens=0, attempt=0, path=None)
     if event is not None:
         for line in found.skipped:
             event(Warned(line))
-    _load(found, store, engine, corpus)
+    _load(found, store, engine, corpus, config.seed)
     if records is not None:
-        records.rewind(found.step, found.metadata["ledger"])
-    return Start(step=found.step, tokens=found.metadata["tokens"], path=str(found.path))
+        records.rewind(found.step, [LedgerLine(**line) for line in found.metadata["ledger"]])
+    attempt = found.metadata["attempt"] + 1
+    return Start(step=found.step, tokens=found.metadata["tokens"], attempt=attempt, path=str(found.path))
 
 
-def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, corpus: Corpus) -> None:
+def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, corpus: Corpus, seed: int) -> None:
     metadata: dict[str, Any] = found.metadata
     if metadata["corpus"] != corpus.digest:
         raise Refused(f"{found.path} was trained on other data; use the data it was trained on, or another run.name")
-    if metadata["seed"] != corpus.seed:
-        raise Refused(f"seed={corpus.seed}, but {found.path} was trained with seed={metadata['seed']}; use that seed")
+    if metadata["seed"] != seed:
+        raise Refused(f"seed={seed}, but {found.path} was trained with seed={metadata['seed']}; use that seed")
     try:
         engine.load_state(store.load(found.path))
     except ValueError as error:
