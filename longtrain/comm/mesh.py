@@ -67,9 +67,9 @@ def _own_group(members: list[list[int]], rank: int) -> Group:
 def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
     """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end.
 
-    A job of one rank needs no process group, and no variables.
+    A job of one rank needs no process group, and no variables. A process that has joined already stays as it is.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
