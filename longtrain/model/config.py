@@ -33,6 +33,8 @@ def _checked_pattern(entries: tuple[str, ...]) -> tuple[str, ...]:
 
 Positive = Annotated[int, Field(ge=1)]
 
+from longtrain.core.errors import Refused
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -53,3 +55,14 @@ class ModelConfig:
     norm_epsilon: Annotated[float, Field(gt=0)]
     initializer_std: Annotated[float, Field(gt=0)]
     """Standard deviation of every projection and of the embedding; residual outputs are scaled by 1/sqrt(2 layers)."""
+
+
+def parse_pattern(pattern: Sequence[str]) -> list[str]:
+    """`("a x3", "b")` -> `["a", "a", "a", "b"]`. Raises Refused for an entry of another form."""
+    names: list[str] = []
+    for entry in pattern:
+        match = re.fullmatch(r"(\w+)(?: x(\d+))?", entry)
+        if match is None:
+            raise Refused(f"model.pattern: '{entry}' is neither `mixer` nor `mixer x3`")
+        names += [match[1]] * int(match[2] or 1)
+    return names
