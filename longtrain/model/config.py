@@ -3,8 +3,35 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
+
+_ENTRY = re.compile(r"([A-Za-z]\w*)(?:\s+x([1-9]\d{0,3}))?", re.ASCII)
+
+
+def parse_pattern(entries: Sequence[str]) -> tuple[str, ...]:
+    """Mixer names one by one: `("gated_delta x3", "softmax")` -> three times `gated_delta`, then `softmax`.
+
+    Raises ValueError, in one line, for an empty pattern and for an entry that is not `NAME` or `NAME xN`.
+    """
+    if not entries:
+        raise ValueError("names no mixer; write [NAME x3, NAME]")
+    names: list[str] = []
+    for entry in entries:
+        match = _ENTRY.fullmatch(entry.strip())
+        if match is None:
+            raise ValueError(f"{entry!a} is not a mixer; write NAME, or NAME x3 for three in a row")
+        names += [match[1]] * int(match[2] or 1)
+    return tuple(names)
+
+
+def _checked_pattern(entries: tuple[str, ...]) -> tuple[str, ...]:
+    parse_pattern(entries)
+    return entries
+
+
+Positive = Annotated[int, Field(ge=1)]
 
 from longtrain.core.errors import Refused
 
@@ -15,18 +42,18 @@ class ModelConfig:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    width: int
+    width: Positive
     """Model width D."""
-    num_layers: int
+    num_layers: Positive
     """Layers in all; a multiple of the pattern's length."""
-    pattern: tuple[str, ...]
+    pattern: Annotated[tuple[str, ...], AfterValidator(_checked_pattern)]
     """Mixers by name, repeated over the layers: `[gated_delta x3, softmax]`."""
-    mlp_width: int
+    mlp_width: Positive
     """Hidden width of the gated MLP of every layer."""
     tie_embeddings: bool
     """Whether the head uses the embedding's matrix."""
-    norm_epsilon: float
-    initializer_std: float
+    norm_epsilon: Annotated[float, Field(gt=0)]
+    initializer_std: Annotated[float, Field(gt=0)]
     """Standard deviation of every projection and of the embedding; residual outputs are scaled by 1/sqrt(2 layers)."""
 
 
