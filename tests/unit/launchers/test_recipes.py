@@ -42,7 +42,7 @@ def exists_in_conf(override: str) -> bool:
 
 def overrides(text: str) -> list[str]:
     """The overrides after every command of a text that takes them."""
-    command = r"longtrain (?:train|submit|config)|quickstart\.sh|slurm\.sbatch"
+    command = r"longtrain (?:train|submit|config)(?: --address \S+)?|quickstart\.sh|slurm\.sbatch"
     override = r"'[^'\n]*'|\"[^\"\n]*\"|[\w.]+=[^\s'`]+"
     joined = re.sub(r"\\?\n#?\s+", " ", text)
     found = re.findall(rf"(?:{command})((?:\s+(?:{override}))+)", joined)
