@@ -5,9 +5,10 @@ handle that the model passes down: `scan` for a linear recurrence, `attend` for 
 just before its own. It never learns how many ranks there are.
 """
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtrain_kernels.affine import Segment
 
@@ -33,8 +34,10 @@ class Recurrence(Protocol):
 class Sequence(Protocol):
     """One rank's part of a batch of sequences, as a mixer sees it."""
 
-    positions: Tensor
-    """[B, L] int64: position of each token in its document."""
+    @property
+    def positions(self) -> Tensor:
+        """[B, L] int64: position of each token in its document."""
+        ...
 
     def scan(self, op: Recurrence) -> Tensor:
         """Run the recurrence over the whole sequence; returns this rank's outputs [B, L, H, V]."""
@@ -62,3 +65,19 @@ class Sequence(Protocol):
         `positions` tells which of them a token may read.
         """
         ...
+
+
+class SequenceMixer(nn.Module, ABC):
+    """Base of the `Mixer` that every `mixers/<name>.py` defines; built as `Mixer(config, width)`.
+
+    Draws its random numbers from torch's global generator, which the caller seeds. A projection named `output` ends
+    the residual branch and is initialised smaller with depth.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+
+    @abstractmethod
+    def flops_per_token(self, context: float) -> float:
+        """Operations of a forward pass beyond the projections, for a token that sees `context` tokens."""

@@ -39,6 +39,7 @@ BLOCKS_SCHEMA = pa.schema([pa.field("crc32", pa.uint32(), nullable=False)])
 
 
 def tokens_schema(dtype: np.dtype) -> pa.Schema:
+    """The schema of a shard of tokens."""
     return pa.schema([pa.field("token", pa.from_numpy_dtype(dtype), nullable=False)])
 
 

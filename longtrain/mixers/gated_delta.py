@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.core.contracts import Sequence
+from longtrain.core.contracts import Sequence, SequenceMixer
 from longtrain.mixers import simple_gla
 from longtrain.mixers._projection import ConvolvedProjection, GatedOutput
 from longtrain_kernels.gated_delta_scan import GatedDeltaScan
@@ -22,7 +22,7 @@ class Config(simple_gla.Config):
     """`conf/mixer/gated_delta.yaml`."""
 
 
-class Mixer(nn.Module):
+class Mixer(SequenceMixer):
     """[B, L, D] -> [B, L, D]."""
 
     def __init__(self, config: Config, width: int) -> None:
@@ -46,5 +46,5 @@ class Mixer(nn.Module):
         return self.out(sequence.scan(op), x)
 
     def flops_per_token(self, context: float) -> float:
-        """Of one forward pass beyond the projections: correction, update and read-out of the state."""
+        """See `SequenceMixer`: correction, update and read-out of the state."""
         return 6 * self.config.num_heads * self.config.key_dim * self.config.value_dim

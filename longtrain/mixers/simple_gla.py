@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.core.contracts import Sequence
+from longtrain.core.contracts import Sequence, SequenceMixer
 from longtrain.mixers._projection import ConvolvedProjection, GatedOutput
 from longtrain_kernels.diagonal_scan import DiagonalScan
 
@@ -35,7 +35,7 @@ class Config:
     """W, taps of the convolution; 1 is none."""
 
 
-class Mixer(nn.Module):
+class Mixer(SequenceMixer):
     """[B, L, D] -> [B, L, D]."""
 
     def __init__(self, config: Config, width: int) -> None:
@@ -53,5 +53,5 @@ class Mixer(nn.Module):
         return self.out(sequence.scan(DiagonalScan(scaled, k, v, log_decay)), x)
 
     def flops_per_token(self, context: float) -> float:
-        """Of one forward pass beyond the projections: update and read-out of the state."""
+        """See `SequenceMixer`: update and read-out of the state."""
         return 4 * self.config.num_heads * self.config.key_dim * self.config.value_dim

@@ -21,6 +21,6 @@ class Mixer(softmax.Mixer):
         self.window = config.window
 
     def flops_per_token(self, context: float) -> float:
-        """See `softmax.Mixer`."""
+        """See `SequenceMixer`."""
         assert self.window is not None
         return super().flops_per_token(min(context, self.window))

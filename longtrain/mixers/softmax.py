@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from longtrain.core.contracts import Sequence
+from longtrain.core.contracts import Sequence, SequenceMixer
 from longtrain.mixers._rotary import rotate
 
 Positive = Annotated[int, Field(ge=1)]
@@ -37,7 +37,7 @@ class Config:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary positions need pairs")
 
 
-class Mixer(nn.Module):
+class Mixer(SequenceMixer):
     """[B, L, D] -> [B, L, D]."""
 
     window: int | None = None
@@ -57,5 +57,5 @@ class Mixer(nn.Module):
         return self.output(sequence.attend(q, k, v, window=self.window).flatten(2))
 
     def flops_per_token(self, context: float) -> float:
-        """Of one forward pass beyond the projections, for a token that sees `context` tokens."""
+        """See `SequenceMixer`: scores and weighted values."""
         return 4 * self.config.num_heads * self.config.head_dim * context

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtrain.core.contracts import Sequence
+from longtrain.core.contracts import Sequence, SequenceMixer
 from longtrain.model.config import ModelConfig
 
 
@@ -28,10 +28,10 @@ class GatedMLP(nn.Module):
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, mixer: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, mixer: SequenceMixer) -> None:
         super().__init__()
         self.mixer_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
-        self.mixer = mixer
+        self.mixer: SequenceMixer = mixer
         self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_epsilon)
         self.mlp = GatedMLP(config.width, config.mlp_width)
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tokens to the hidden states that the head reads; objectives apply the head, a chunk of tokens at a time."""
 
-    def __init__(self, config: ModelConfig, mixers: Collection[nn.Module], vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, mixers: Collection[SequenceMixer], vocab_size: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, mixer) for mixer in mixers)
@@ -64,7 +64,7 @@ class Model(nn.Module):
     def flops_per_token(self, context: float) -> float:
         """Forward and backward floating-point operations for a token that sees `context` tokens on average."""
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        mixing = sum(block.mixer.flops_per_token(context) for block in self.blocks)
+        mixing = sum(block.mixer.flops_per_token(context) for block in self.blocks if isinstance(block, Block))
         return 3 * (2 * linear + mixing)
 
     @torch.no_grad()

@@ -24,15 +24,14 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
-        output = lse = None
-        block = (k, v)
-        for step in range(shard.group.size):
-            holder = (shard.group.rank - step) % shard.group.size
-            keys = shard.held_tokens(holder)
-            part, part_lse = attention_forward(q, *block, shard.tokens, keys, window, scale)
-            output, lse = (part, part_lse) if output is None else merge(output, lse, part, part_lse)
-            if step + 1 < shard.group.size:
-                block = _pass_on(block, holder, shard)
+        group = shard.group
+        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), window, scale)
+        block: tuple[Tensor, ...] = (k, v)
+        for step in range(1, group.size):
+            holder = (group.rank - step) % group.size
+            block = _pass_on(block, holder, shard)
+            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), window, scale)
+            output, lse = merge(output, lse, *part)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.shard, ctx.window, ctx.scale = shard, window, scale
         return output.to(q.dtype)
@@ -52,15 +51,15 @@ class _Ring(torch.autograd.Function):
             dq += dq_part
             sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
             if shard.group.size > 1:
-                *received, dk, dv = _pass_on((*block, *sums), holder, shard)
-                block, sums = tuple(received), (dk, dv)
+                received = _pass_on((*block, *sums), (holder - 1) % shard.group.size, shard)
+                block, sums = received[:2], received[2:]
         dk, dv = sums
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def _pass_on(tensors: tuple[Tensor, ...], holder: int, shard: Shard) -> tuple[Tensor, ...]:
-    """Send the tensors of `holder`'s tokens to the next rank; receive those of the rank before `holder`."""
-    rows = shard.held_counts()[(holder - 1) % shard.group.size]
+    """Send these tensors to the next rank of the ring; receive those that belong to the tokens of `holder`."""
+    rows = shard.held_counts()[holder]
     received = tuple(t.new_empty(t.shape[0], rows, *t.shape[2:]) for t in tensors)
     shard.group.rotate(tensors, received)
     return received
