@@ -166,8 +166,8 @@ def _compose_groups(groups: list[str], roots: _Roots) -> tuple[Tree, dict[str, s
         label, file = roots.find(config)
         content = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
         refuse_unsafe(content, label)
-        content.pop("defaults", None)
-        record(origins, flatten(content, f"{default.package}." if default.package else ""), label)
+        values = {key: value for key, value in string_keys(content).items() if key != "defaults"}
+        record(origins, flatten(values, f"{default.package}." if default.package else ""), label)
     return string_keys({key: value for key, value in whole.items() if key != "hydra"}), origins, choices
 
 

@@ -37,11 +37,18 @@ def components(kind: str) -> PlainValidator:
             try:
                 loaded[name] = _load(kind, name, options, _registry(info))
             except ValidationError as error:  # pydantic adds the field's own key, not the component's
-                details = [{**detail, "loc": (name, *detail["loc"])} for detail in error.errors(include_url=False)]
-                raise ValidationError.from_exception_data(error.title, details) from None
+                raise ValidationError.from_exception_data(error.title, _below(name, error)) from None
         return loaded
 
     return PlainValidator(validate)
+
+
+def _below(key: str, error: ValidationError) -> list[InitErrorDetails]:
+    """The problems that `error` lists, one key further down."""
+    return [
+        InitErrorDetails(type=d["type"], loc=(key, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
+        for d in error.errors(include_url=False)
+    ]
 
 
 def _registry(info: ValidationInfo) -> Registry:

@@ -7,33 +7,32 @@ from typing import Annotated
 
 from pydantic import AfterValidator, ConfigDict, Field
 
+from longtrain.core.errors import Refused
+
+Positive = Annotated[int, Field(ge=1)]
+
 _ENTRY = re.compile(r"([A-Za-z]\w*)(?:\s+x([1-9]\d{0,3}))?", re.ASCII)
 
 
-def parse_pattern(entries: Sequence[str]) -> tuple[str, ...]:
+def parse_pattern(pattern: Sequence[str]) -> tuple[str, ...]:
     """Mixer names one by one: `("gated_delta x3", "softmax")` -> three times `gated_delta`, then `softmax`.
 
-    Raises ValueError, in one line, for an empty pattern and for an entry that is not `NAME` or `NAME xN`.
+    Raises Refused, in one line, for an empty pattern and for an entry that is not `NAME` or `NAME xN`.
     """
-    if not entries:
-        raise ValueError("names no mixer; write [NAME x3, NAME]")
+    if not pattern:
+        raise Refused("model.pattern=[]: names no mixer; write [NAME x3, NAME]")
     names: list[str] = []
-    for entry in entries:
+    for entry in pattern:
         match = _ENTRY.fullmatch(entry.strip())
         if match is None:
-            raise ValueError(f"{entry!a} is not a mixer; write NAME, or NAME x3 for three in a row")
+            raise Refused(f"model.pattern: {entry!a} is not a mixer; write NAME, or NAME x3 for three in a row")
         names += [match[1]] * int(match[2] or 1)
     return tuple(names)
 
 
-def _checked_pattern(entries: tuple[str, ...]) -> tuple[str, ...]:
-    parse_pattern(entries)
-    return entries
-
-
-Positive = Annotated[int, Field(ge=1)]
-
-from longtrain.core.errors import Refused
+def _readable(pattern: tuple[str, ...]) -> tuple[str, ...]:
+    parse_pattern(pattern)
+    return pattern
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ModelConfig:
     """Model width D."""
     num_layers: Positive
     """Layers in all; a multiple of the pattern's length."""
-    pattern: Annotated[tuple[str, ...], AfterValidator(_checked_pattern)]
+    pattern: Annotated[tuple[str, ...], AfterValidator(_readable)]
     """Mixers by name, repeated over the layers: `[gated_delta x3, softmax]`."""
     mlp_width: Positive
     """Hidden width of the gated MLP of every layer."""
@@ -55,14 +54,3 @@ class ModelConfig:
     norm_epsilon: Annotated[float, Field(gt=0)]
     initializer_std: Annotated[float, Field(gt=0)]
     """Standard deviation of every projection and of the embedding; residual outputs are scaled by 1/sqrt(2 layers)."""
-
-
-def parse_pattern(pattern: Sequence[str]) -> list[str]:
-    """`("a x3", "b")` -> `["a", "a", "a", "b"]`. Raises Refused for an entry of another form."""
-    names: list[str] = []
-    for entry in pattern:
-        match = re.fullmatch(r"(\w+)(?: x(\d+))?", entry)
-        if match is None:
-            raise Refused(f"model.pattern: '{entry}' is neither `mixer` nor `mixer x3`")
-        names += [match[1]] * int(match[2] or 1)
-    return names

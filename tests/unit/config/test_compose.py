@@ -131,7 +131,7 @@ def test_interpolation_is_resolved_and_belongs_to_its_writer() -> None:
         ("~optimizer.betas.0", "set the whole list, optimizer.betas=[...]"),
         ("+steps=3", "steps exists; change it without the +"),
         ("model=hybrid_tny", "did you mean 'hybrid_tiny'?"),
-        ("model=7", "model has no option '7'; known: hybrid_tiny"),
+        ("model=7", "model has no option '7'; known: hybrid_"),
         ("model=null", "leave it out of the configuration with ~model"),
         ("optimizer=[adamw,sdg]", "optimizer has no option 'sdg'"),
         ("experiment=mine", "experiment has no option 'mine'; known: none"),

@@ -82,7 +82,7 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ("objective.name=3", "objective: expected a mapping with the component's `name`"),
         ("cluster.failure_policy.name=no", "cluster.failure_policy.name=no: there is no such file in cluster/policies"),
         ("data.path=3", "data.path=3: must be a"),
-        ("model.pattern=[toy x0]", "model.pattern=[toy x0]: 'toy x0' is not a mixer; write NAME, or NAME x3"),
+        ("model.pattern=[toy x0]", "model.pattern: 'toy x0' is not a mixer; write NAME, or NAME x3"),
         ("model.pattern=[toy*3]", "there is no mixer 'toy*3'"),
         ("model.pattern=[]", "model.pattern=[]: names no mixer; write [NAME x3, NAME]"),
         ("model.num_layers=5", "model.num_layers=5 is not a multiple of the 4 layers of model.pattern=[toy x3, other]"),
@@ -120,6 +120,6 @@ def test_parse_pattern() -> None:
 
 @pytest.mark.parametrize("entry", ["", "a x0", "a x-1", "a 3", "a x3 x4", "3", "a x99999", "a\nb", "a x\uff13"])
 def test_parse_pattern_refuses(entry: str) -> None:
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(Refused) as refused:
         parse_pattern((entry,))
     assert "\n" not in str(refused.value)
