@@ -53,12 +53,15 @@ def resume(
         if records is not None:
             records.rewind(0, [])
         return Start(step=0, tokens=0, attempt=0, path=None)
-    if event is not None:
-        for line in found.skipped:
-            event(Warned(line))
+    warnings = list(found.skipped)
     _load(found, store, engine, corpus, config.seed)
     if records is not None:
-        records.rewind(found.step, [LedgerLine(**line) for line in found.metadata["ledger"]])
+        # Another run's steps are in that run's ledger.
+        tail = [] if initial else [LedgerLine(**line) for line in found.metadata["ledger"]]
+        warnings += records.rewind(found.step, tail)
+    if event is not None:
+        for line in warnings:
+            event(Warned(line))
     attempt = found.metadata["attempt"] + 1
     return Start(step=found.step, tokens=found.metadata["tokens"], attempt=attempt, path=str(found.path))
 
