@@ -6,6 +6,9 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from longtrain.core.component import component
+from longtrain.core.errors import Refused
+from longtrain.core.registry import Registry, did_you_mean
+from longtrain.model.config import parse_pattern
 from longtrain.training.config import TrainingConfig
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -39,3 +42,47 @@ class JobConfig(TrainingConfig):
     """Root of the resolved configuration: what is trained, and where."""
 
     cluster: ClusterConfig
+
+
+def num_workers(config: JobConfig) -> int:
+    """Ranks in all: `cluster.workers`, or one sequence-parallel group."""
+    return config.cluster.workers or config.sequence_parallel.size
+
+
+def check_job(config: JobConfig, registry: Registry) -> None:
+    """Check what involves several sections. Raises Refused: value, constraint and remedy in one line."""
+    size, workers = config.sequence_parallel.size, num_workers(config)
+    if workers % size:
+        near = _nearest_multiples(workers, size)
+        raise Refused(
+            f"cluster.workers={workers} is not a multiple of sequence_parallel.size={size}; use {near} workers"
+        )
+    replicas = workers // size
+    if config.batch_size % replicas:
+        near = _nearest_multiples(config.batch_size, replicas)
+        raise Refused(
+            f"batch_size={config.batch_size} is not a multiple of {replicas} data-parallel ranks "
+            f"(cluster.workers={workers} / sequence_parallel.size={size}); use {near}"
+        )
+    names = parse_pattern(config.model.pattern)
+    pattern = f"model.pattern=[{', '.join(config.model.pattern)}]"
+    if config.model.num_layers % len(names):
+        near = _nearest_multiples(config.model.num_layers, len(names))
+        raise Refused(
+            f"model.num_layers={config.model.num_layers} is not a multiple of the {len(names)} layers of {pattern}; "
+            f"use {near}"
+        )
+    for name in names:
+        if name not in config.mixer:
+            raise Refused(f"{pattern}: mixer.{name} is missing{did_you_mean(name, sorted(config.mixer))}")
+    for verb in ("scan", "attend"):
+        algorithm, known = getattr(config.sequence_parallel, verb), registry.names(f"sequence_parallel.{verb}")
+        if algorithm not in known:
+            raise Refused(
+                f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
+            )
+
+
+def _nearest_multiples(value: int, factor: int) -> str:
+    below = max(value // factor, 1) * factor
+    return f"{below} or {below + factor}"

@@ -7,9 +7,10 @@ typed options and no existing file knows them. The registry reaches the validato
 import json
 from typing import Any
 
-from pydantic import PlainValidator, TypeAdapter, ValidationInfo
+from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInfo
+from pydantic_core import InitErrorDetails
 
-from longtrain.core.registry import Registry
+from longtrain.core.registry import Registry, did_you_mean
 
 
 def component(kind: str) -> PlainValidator:
@@ -18,7 +19,8 @@ def component(kind: str) -> PlainValidator:
     def validate(value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
             raise ValueError("expected a mapping with the component's `name`")
-        return _load(kind, value["name"], value, info)
+        _refuse_unknown(kind, value["name"], "name", value["name"], _registry(info))
+        return _load(kind, value["name"], value, _registry(info))
 
     return PlainValidator(validate)
 
@@ -29,13 +31,40 @@ def components(kind: str) -> PlainValidator:
     def validate(value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict):
             raise ValueError("expected a mapping from component names to their options")
-        return {name: _load(kind, name, options, info) for name, options in value.items()}
+        loaded = {}
+        for name, options in value.items():
+            _refuse_unknown(kind, name, name, options, _registry(info))
+            try:
+                loaded[name] = _load(kind, name, options, _registry(info))
+            except ValidationError as error:  # pydantic adds the field's own key, not the component's
+                raise ValidationError.from_exception_data(error.title, _below(name, error)) from None
+        return loaded
 
     return PlainValidator(validate)
 
 
-def _load(kind: str, name: str, options: dict[str, Any], info: ValidationInfo) -> Any:
-    registry = info.context
-    assert isinstance(registry, Registry), "configurations are loaded with the registry as validation context"
+def _below(key: str, error: ValidationError) -> list[InitErrorDetails]:
+    """The problems that `error` lists, one key further down."""
+    return [
+        InitErrorDetails(type=d["type"], loc=(key, *d["loc"]), input=d["input"], ctx=d.get("ctx", {}))
+        for d in error.errors(include_url=False)
+    ]
+
+
+def _registry(info: ValidationInfo) -> Registry:
+    assert isinstance(info.context, Registry), "configurations are loaded with the registry as validation context"
+    return info.context
+
+
+def _refuse_unknown(kind: str, name: str, key: str, value: Any, registry: Registry) -> None:
+    """Raise a validation error at `key` below the field if there is no such component."""
+    known = registry.names(kind)
+    if name not in known:
+        error = ValueError(f"there is no such file in {kind.replace('.', '/')}/{did_you_mean(name, known)}")
+        detail = InitErrorDetails(type="value_error", loc=(key,), input=value, ctx={"error": error})
+        raise ValidationError.from_exception_data(kind, [detail])
+
+
+def _load(kind: str, name: str, options: Any, registry: Registry) -> Any:
     config_type = registry.load(kind, name, ("Config",)).Config
     return TypeAdapter(config_type).validate_json(json.dumps(options), strict=True, context=registry)

@@ -33,21 +33,19 @@ class Registry:
     def load(self, kind: str, name: str, attributes: Sequence[str] = ()) -> ModuleType:
         """Import a component and check that it defines `attributes`.
 
-        Raises Refused for an unknown name (with the nearest one), for a plug-in that hides a component of the
-        project, and for a module that lacks an attribute of its kind's contract.
+        Raises Refused for an unknown name (with the nearest one), for a plug-in that hides another component or
+        cannot be imported, and for a module that lacks an attribute of its kind's contract.
         """
+        if name not in self.names(kind):
+            raise Refused(f"{kind}: there is no '{name}'{did_you_mean(name, self.names(kind))}")
         relative = Path(*kind.split("."), f"{name}.py")
         found = [root / relative for root in self.plugins if (root / relative).is_file()]
-        own = (_PACKAGE_ROOT / relative).is_file() and not name.startswith("_")
+        own = (_PACKAGE_ROOT / relative).is_file()
         if len(found) + own > 1:
             hidden = "a component of longtrain" if own else str(found[1])
             raise Refused(f"{found[0]} has the name of {hidden}; rename the file")
-        if own:
-            module = importlib.import_module(f"longtrain.{kind}.{name}")
-        elif found:
-            module = _import_file(found[0], f"longtrain_plugin_{kind.replace('.', '_')}_{name}")
-        else:
-            raise Refused(f"{kind}: there is no '{name}'{did_you_mean(name, self.names(kind))}")
+        plugin_name = f"longtrain_plugin_{kind.replace('.', '_')}_{name}"
+        module = importlib.import_module(f"longtrain.{kind}.{name}") if own else _import_file(found[0], plugin_name)
         for attribute in attributes:
             if not hasattr(module, attribute):
                 raise Refused(f"{module.__file__} defines no `{attribute}`, which every one of {kind} needs")
@@ -67,6 +65,10 @@ def _import_file(path: Path, module_name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    sys.modules[module_name] = module  # dataclasses look their module up while it is being executed
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise Refused(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -16,5 +16,7 @@ class SourceConfig:
     """The source: a module of `data/sources/`."""
     tokenizer: str
     """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
+    end_of_document: str | None
+    """The token that ends every document; null finds it among the tokenizer's special tokens."""
     store: Path | None
-    """Folder of the prepared token store; null is a folder of the user's cache named after source and tokenizer."""
+    """Folder of the prepared token store; null is a folder of the user's cache named after source and fingerprint."""

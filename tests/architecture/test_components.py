@@ -24,9 +24,12 @@ COMPOSED_BY_HYDRA = {"defaults", "experiment"}
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A YAML file on top of the files of its own group that its defaults list names."""
-    tree = yaml.safe_load(path.read_text()) or {}
+    """What a YAML file sets in its own group, on top of the files of the group that its defaults list names."""
+    text = path.read_text()
+    tree = yaml.safe_load(text) or {}
     bases = [entry for entry in tree.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    if "@package _global_" in text:
+        tree = tree.get(path.parent.name, {})
     merged: dict[str, Any] = {}
     for base in bases:
         merged |= load(path.with_name(f"{base}.yaml"))

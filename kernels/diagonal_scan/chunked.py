@@ -1,0 +1,112 @@
+"""The diagonal scan in chunks of time, in plain PyTorch: matrix products inside a chunk, one state step a chunk."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longtrain_kernels.affine import Segment, accumulator_dtype
+
+SCALAR_CHUNK = 64
+# A vector decay needs exp(b_i - b_j) per key channel, [C, C, K] numbers a chunk, so its chunks are shorter.
+VECTOR_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Everything of a segment that does not depend on the incoming state; N chunks of C tokens.
+
+    The last dimension of decays is 1 for a scalar and K for a vector decay.
+    """
+
+    intra: Tensor  # [B, N, H, C, V]  outputs from keys of the same chunk
+    queries_in: Tensor  # [B, N, H, C, K]  queries decayed from the chunk's start, zero outside the carry's document
+    updates: Tensor  # [B, N, H, K, V]  what the chunk adds to the state
+    transitions: Tensor  # [B, N, H, 1 or K]  what the chunk multiplies the state with
+
+
+def _split(x: Tensor, size: int) -> Tensor:
+    """[B, L, H, D] -> [B, N, H, C, D], padded with zeros to whole chunks; at least one chunk, so that the result of an
+    empty segment still depends on its inputs and takes part in every collective of the backward pass."""
+    padding = -x.shape[1] % size if x.shape[1] else size
+    return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, size)).transpose(2, 3)
+
+
+def _split_documents(documents: Tensor, size: int) -> Tensor:
+    """[B, L] -> [B, N, C]; padding continues the last document."""
+    last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(documents.shape[0], 1)
+    padding = -documents.shape[1] % size if documents.shape[1] else size
+    return torch.cat([documents, last.expand(-1, padding)], dim=1).unflatten(1, (-1, size))
+
+
+def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor) -> _Chunks:
+    dtype = accumulator_dtype(values.dtype)
+    vector = log_decay.dim() == 4
+    size = VECTOR_CHUNK if vector else SCALAR_CHUNK
+    q, k, v = (_split(x.to(dtype), size) for x in (queries, keys, values))
+    log_decay = _split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size)
+    documents = _split_documents(documents, size)
+    carried = F.pad(documents[:, :-1, -1], (1, 0))  # the document that the chunk's incoming state belongs to
+
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    visible = (same & torch.ones(size, size, dtype=torch.bool, device=v.device).tril()).unsqueeze(2)
+    # A cumulative sum that starts anew in each document: one sum over the chunk would let the rounding of a document
+    # depend on the documents before it.
+    b = visible.to(dtype) @ log_decay
+    # Masked before the exponential: b_i - b_j is positive, and may overflow, where j comes after i.
+    if vector:
+        distance = (b.unsqueeze(-2) - b.unsqueeze(-3)).masked_fill(~visible.unsqueeze(-1), float("-inf"))
+        scores = torch.einsum("bnhik,bnhjk,bnhijk->bnhij", q, k, distance.exp())
+    else:
+        distance = (b - b.mT).masked_fill(~visible, float("-inf"))
+        scores = (q @ k.mT) * distance.exp()
+
+    head = (documents == carried.unsqueeze(-1)).to(dtype)[:, :, None, :, None]
+    tail = (documents == documents[:, :, -1:]).to(dtype)[:, :, None, :, None]
+    passes = (documents[:, :, -1] == carried).to(dtype)[:, :, None, None]
+    total = b[..., -1:, :]
+    return _Chunks(
+        intra=scores @ v,
+        queries_in=q * b.exp() * head,
+        updates=(k * (total - b).exp() * tail).mT @ v,
+        transitions=total.squeeze(-2).exp() * passes,
+    )
+
+
+def _merge(x: Tensor, length: int) -> Tensor:
+    """[B, N, H, C, D] -> [B, L, H, D], without the padding."""
+    return x.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def _states(chunks: _Chunks, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """States before each chunk [B, N, H, K, V] and the final state."""
+    state = torch.zeros_like(chunks.updates[:, 0]) if state is None else state
+    before = []
+    for update, transition in zip(chunks.updates.unbind(1), chunks.transitions.unbind(1), strict=True):
+        before.append(state)
+        state = transition.unsqueeze(-1) * state + update
+    return torch.stack(before, dim=1), state
+
+
+def diagonal_scan_chunked(
+    queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`DiagonalScan.apply`."""
+    chunks = _chunk(queries, keys, values, log_decay, documents)
+    before, final = _states(chunks, state)
+    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
+    return output.to(values.dtype), final
+
+
+def diagonal_segment_chunked(
+    queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor
+) -> Segment:
+    """`DiagonalScan.summarize`."""
+    chunks = _chunk(queries, keys, values, log_decay, documents)
+    before, final = _states(chunks, None)
+    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1]).to(values.dtype)
+    products = torch.cumprod(chunks.transitions, dim=1)
+    entering = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=1)
+    readout = _merge(chunks.queries_in * entering.unsqueeze(-2), values.shape[1])
+    return Segment(output=output, readout=readout, transition=products[:, -1], state=final)

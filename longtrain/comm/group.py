@@ -1,0 +1,78 @@
+"""A group of ranks on one axis of the mesh, with the few collectives that longtrain uses.
+
+None of these is differentiable: an algorithm that needs gradients writes its forward and its mirrored backward with
+them, which keeps every rank's collectives in the same order in both passes. A group of one rank communicates nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks that share an axis; `rank` is this process's index in it."""
+
+    rank: int
+    size: int
+    handle: dist.ProcessGroup | None = None
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every rank, in rank order; shapes are equal."""
+        if self.size == 1:
+            return [tensor]
+        tensor = tensor.contiguous()
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.handle)
+        return gathered
+
+    def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
+        """Like `all_gather` for tensors that differ in dim 1: rank r brings [B, counts[r], ...]."""
+        if self.size == 1:
+            return [tensor]
+        longest = max(counts)
+        padded = tensor.new_zeros(tensor.shape[0], longest, *tensor.shape[2:])
+        padded[:, : tensor.shape[1]] = tensor
+        return [part[:, :count] for part, count in zip(self.all_gather(padded), counts, strict=True)]
+
+    def reduce_scatter_rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """The sum over ranks of the part meant for this rank; `parts[r]` is [B, counts[r], ...] on every rank."""
+        if self.size == 1:
+            return parts[0]
+        longest = max(part.shape[1] for part in parts)
+        padded = parts[0].new_zeros(self.size, parts[0].shape[0], longest, *parts[0].shape[2:])
+        for row, part in zip(padded, parts, strict=True):
+            row[:, : part.shape[1]] = part
+        if padded.is_cuda:
+            mine = torch.empty_like(padded[0])
+            dist.reduce_scatter_tensor(mine, padded, group=self.handle)
+        else:  # gloo has no reduce-scatter
+            dist.all_reduce(padded, group=self.handle)
+            mine = padded[self.rank]
+        return mine[:, : parts[self.rank].shape[1]].contiguous()
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place; returns its argument."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
+        """Point to point: send tensors to ranks and fill the given tensors from ranks. Empty tensors are not sent."""
+        operations = [
+            dist.P2POp(operation, tensor, group=self.handle, group_peer=peer)
+            for operation, pairs in ((dist.isend, sends), (dist.irecv, receives))
+            for peer, tensor in pairs
+            if tensor.numel()
+        ]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+    def rotate(self, tensors: Sequence[Tensor], received: Sequence[Tensor]) -> None:
+        """Send `tensors` to the next rank of the ring and fill `received` from the previous one."""
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        self.exchange([(after, t.contiguous()) for t in tensors], [(before, t) for t in received])

@@ -1,0 +1,82 @@
+"""The mesh of ranks: data x sequence. Ranks of one sequence are neighbours, so that they share a node where they can.
+
+rank = data_rank * sequence_size + sequence_rank
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from longtrain.comm.group import Group
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's groups."""
+
+    world: Group
+    data: Group
+    """Ranks that hold the same part of different sequences."""
+    sequence: Group
+    """Ranks that share a sequence."""
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the run directory."""
+        return self.world.rank == 0
+
+
+def build_mesh(sequence_size: int) -> Mesh:
+    """Groups over the default process group; a single process without one is a mesh of size one.
+
+    Raises ValueError where `sequence_size` does not divide the number of ranks.
+    """
+    if not dist.is_initialized():
+        rank, size = 0, 1
+    else:
+        rank, size = dist.get_rank(), dist.get_world_size()
+    if size % sequence_size:
+        raise ValueError(f"{size} ranks are not a multiple of the sequence-parallel size {sequence_size}")
+    num_data = size // sequence_size
+    sequences = [[d * sequence_size + s for s in range(sequence_size)] for d in range(num_data)]
+    data = [list(column) for column in zip(*sequences, strict=True)]
+    return Mesh(
+        world=Group(rank, size, dist.group.WORLD if size > 1 else None),
+        data=_own_group(data, rank),
+        sequence=_own_group(sequences, rank),
+    )
+
+
+def _own_group(members: list[list[int]], rank: int) -> Group:
+    """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's."""
+    own = None
+    for ranks in members:
+        handle = dist.new_group(ranks) if len(ranks) > 1 else None
+        if rank in ranks:
+            own = Group(ranks.index(rank), len(ranks), handle)
+    assert own is not None
+    return own
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
+    """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end.
+
+    A job of one rank needs no process group, and no variables. A process that has joined already stays as it is.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, init_method="env://", timeout=timeout, device_id=device if device.type == "cuda" else None
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,83 @@
+"""The contract between mixers and the rest of the sequence: N mixers + M algorithms, never N x M.
+
+A mixer is single-device mathematics. What it needs from tokens that this rank does not hold, it asks of the `Sequence`
+handle that the model passes down: `scan` for a linear recurrence, `attend` for softmax attention, `halo` for the rows
+just before its own. It never learns how many ranks there are.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from longtrain_kernels.affine import Segment
+
+
+class Recurrence(Protocol):
+    """A linear recurrence bound to the inputs of one segment, such as `longtrain_kernels.diagonal_scan.DiagonalScan`.
+
+    S_t = A_t S_{t-1} + B_t, o_t = S_t^T q_t. In both methods `documents` [B, L] counts the document starts of the
+    segment up to and including each token, so that 0 is the document which the incoming state belongs to; the state
+    restarts from zero at each start. An empty segment (L = 0) is the identity, and its results still depend on the
+    inputs: every rank must take part in the collectives of the backward pass.
+    """
+
+    def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Outputs [B, L, H, V] and final state [B, H, K, V] from the incoming state (None: zero)."""
+        ...
+
+    def summarize(self, documents: Tensor) -> Segment:
+        """Outputs from the zero state, the affine map of the segment, and what `Segment.correct` needs."""
+        ...
+
+
+class Sequence(Protocol):
+    """One rank's part of a batch of sequences, as a mixer sees it."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, L] int64: position of each token in its document."""
+        ...
+
+    def scan(self, op: Recurrence) -> Tensor:
+        """Run the recurrence over the whole sequence; returns this rank's outputs [B, L, H, V]."""
+        ...
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Causal softmax attention inside documents.
+
+        Args:
+            q: [B, L, H, K]. k: [B, L, G, K]. v: [B, L, G, V]; G divides H.
+            window: a token sees itself and the `window - 1` tokens before it; None: all before it.
+            scale: of the scores; None: K^-1/2.
+
+        Returns:
+            [B, L, H, V].
+        """
+        ...
+
+    def halo(self, x: Tensor, width: int) -> Tensor:
+        """The `width` rows before this rank's, then its own: [B, L, D] -> [B, width + L, D].
+
+        Rows before the start of the sequence are zero. Rows of an earlier document are passed on as they are:
+        `positions` tells which of them a token may read.
+        """
+        ...
+
+
+class SequenceMixer(nn.Module, ABC):
+    """Base of the `Mixer` that every `mixers/<name>.py` defines; built as `Mixer(config, width)`.
+
+    Draws its random numbers from torch's global generator, which the caller seeds. A projection named `output` ends
+    the residual branch and is initialised smaller with depth.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """[B, L, D] -> [B, L, D]."""
+
+    @abstractmethod
+    def flops_per_token(self, context: float) -> float:
+        """Operations of a forward pass beyond the projections, for a token that sees `context` tokens."""

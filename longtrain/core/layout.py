@@ -1,0 +1,82 @@
+"""Which tokens of a sequence each rank holds, and where its documents begin: host-side arithmetic, equal on all ranks.
+
+A sequence of T tokens is cut into macro-chunks of time, and each chunk over the ranks. Without streaming there is one
+chunk. Ranks hold contiguous spans whose lengths differ by one token at most; a span may be empty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+"""Tokens [begin, end) of the whole sequence."""
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The cut of a batch of sequences of equal length."""
+
+    length: int
+    """T, tokens of each sequence."""
+    num_ranks: int
+    """P."""
+    starts: tuple[tuple[int, ...], ...]
+    """Of each sequence of the batch: the ascending tokens at which a document begins; the first is 0."""
+    chunk_tokens: int | None = None
+    """Tokens of a macro-chunk; None: the whole sequence."""
+
+    def __post_init__(self) -> None:
+        for row in self.starts:
+            if not row or row[0] != 0 or list(row) != sorted(set(row)) or row[-1] >= self.length:
+                raise ValueError(f"document starts must ascend from 0 and stay below {self.length}, got {row[:8]}")
+
+    @property
+    def num_chunks(self) -> int:
+        """Macro-chunks of the sequence."""
+        return -(-self.length // (self.chunk_tokens or self.length))
+
+    def chunk(self, chunk: int) -> Span:
+        """The tokens of a macro-chunk."""
+        size = self.chunk_tokens or self.length
+        return chunk * size, min(self.length, (chunk + 1) * size)
+
+    def span(self, rank: int, chunk: int) -> Span:
+        """The tokens of a macro-chunk that a rank holds."""
+        begin, end = self.chunk(chunk)
+        short, longer = divmod(end - begin, self.num_ranks)
+        first = begin + rank * short + min(rank, longer)
+        return first, first + short + (rank < longer)
+
+    def held(self, rank: int, chunk: int) -> list[Span]:
+        """The tokens that a rank holds of all chunks up to and including `chunk`, ascending, without empty spans."""
+        spans = [self.span(rank, c) for c in range(chunk + 1)]
+        return [s for s in spans if s[1] > s[0]]
+
+    @cached_property
+    def _starts(self) -> list[Tensor]:
+        return [torch.tensor(row, dtype=torch.int64) for row in self.starts]
+
+    def documents(self, index: Tensor) -> Tensor:
+        """[L] int64 tokens -> [B, L] the document of each, counted from 0; -1 before the sequence."""
+        rows = [torch.searchsorted(row.to(index.device), index, right=True) - 1 for row in self._starts]
+        return torch.stack(rows)
+
+    def positions(self, index: Tensor) -> Tensor:
+        """[L] int64 tokens -> [B, L] the position of each in its document."""
+        rows = [index - row.to(index.device)[d] for row, d in zip(self._starts, self.documents(index), strict=True)]
+        return torch.stack(rows)
+
+
+def span_index(spans: Sequence[Span], device: torch.device) -> Tensor:
+    """The tokens of some spans, one after another, as int64 [L]."""
+    parts = [torch.arange(*span, device=device) for span in spans]
+    return torch.cat(parts) if parts else torch.arange(0, device=device)
+
+
+def overlap(a: Span, b: Span) -> Span:
+    """The common part of two spans, empty as (x, x)."""
+    begin = max(a[0], b[0])
+    return begin, max(begin, min(a[1], b[1]))

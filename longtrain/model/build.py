@@ -1,0 +1,48 @@
+"""Builds a model and the sequence handles for it: the only place where a mixer meets an algorithm."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from longtrain.comm.group import Group
+from longtrain.core.contracts import Sequence
+from longtrain.core.layout import SequenceLayout
+from longtrain.core.registry import Registry
+from longtrain.model.config import ModelConfig, parse_pattern
+from longtrain.model.model import Model
+from longtrain.sequence_parallel.config import SequenceParallelConfig
+from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
+from longtrain.sequence_parallel.shard import Shard
+
+MakeSequence = Callable[[SequenceLayout], Sequence]
+
+
+def build_model(
+    config: ModelConfig, mixer_configs: Mapping[str, Any], vocab_size: int, seed: int, registry: Registry
+) -> Model:
+    """A model on the CPU whose parameters depend on `seed` and the configuration alone, not on the number of ranks."""
+    pattern = parse_pattern(config.pattern)
+    names = pattern * (config.num_layers // len(pattern))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mixers = [
+            registry.load("mixers", name, ("Config", "Mixer")).Mixer(mixer_configs[name], config.width)
+            for name in names
+        ]
+        return Model(config, mixers, vocab_size)
+
+
+def sequence_maker(
+    config: SequenceParallelConfig, group: Group, device: torch.device, registry: Registry
+) -> MakeSequence:
+    """What makes the `Sequence` handle of a batch from its layout.
+
+    A group of one rank uses the local algorithms. Raises Refused for an algorithm that does not exist.
+    """
+    scan, attend = ("local", "local") if group.size == 1 else (config.scan, config.attend)
+    algorithms = Algorithms(
+        scan=registry.load("sequence_parallel.scan", scan, ("scan",)).scan,
+        attend=registry.load("sequence_parallel.attend", attend, ("attend",)).attend,
+    )
+    return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms)

@@ -1,0 +1,102 @@
+"""The rows just before a rank's own, by point-to-point sends from the ranks that hold them.
+
+A shard may be shorter than the halo: then rows come from several ranks, and from earlier chunks. Backward sends the
+cotangents back the same way.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtrain.comm.group import Group
+from longtrain.core.layout import Span
+from longtrain.sequence_parallel.shard import Shard
+
+
+def halo(x: Tensor, width: int, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, L, D] -> [B, width + L, D]; the carry is this rank's rows among the last `width` before the next chunk."""
+    chunk_begin, chunk_end = shard.layout.chunk(shard.chunk)
+    kept = x[:, :0] if carry is None else carry
+    rows = torch.cat([kept, x], dim=1)
+    plan = _plan(width, shard, chunk_begin)
+    before = _Exchange.apply(rows, plan, shard.group)
+    missing = width - before.shape[1]
+    start = x.new_zeros(x.shape[0], missing, *x.shape[2:])
+    keep = sum(e - b for b, e in shard.held_between(shard.group.rank, chunk_end - width, chunk_end))
+    return torch.cat([start, before, x], dim=1), rows[:, rows.shape[1] - keep :]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Row ranges of the local `rows` to send and of the result to receive, by rank; empty ranges are left out."""
+
+    sends: tuple[tuple[int, Span], ...]
+    receives: tuple[tuple[int, Span], ...]
+    num_rows: int
+
+
+def _plan(width: int, shard: Shard, chunk_begin: int) -> _Plan:
+    ranks = range(shard.group.size)
+    spans = [shard.layout.span(r, shard.chunk) for r in ranks]
+    # What every rank can offer: its rows of the chunk and of the `width` before it, in the order of its `rows`.
+    offered = [shard.held_between(r, chunk_begin - width, spans[r][1]) for r in ranks]
+
+    def transfers(reader: int, owner: int) -> list[Span]:
+        begin, end = spans[reader]
+        wanted = (begin - width, begin) if end > begin else (begin, begin)
+        parts = [(max(b, wanted[0]), min(e, wanted[1])) for b, e in offered[owner]]
+        return [part for part in parts if part[1] > part[0]]
+
+    me = shard.group.rank
+    sends = [(r, _within(offered[me], part)) for r in ranks for part in transfers(r, me)]
+    wanted = sorted((part, owner) for owner in ranks for part in transfers(me, owner))
+    receives, at = [], 0
+    for (begin, end), owner in wanted:
+        receives.append((owner, (at, at + end - begin)))
+        at += end - begin
+    return _Plan(tuple(sends), tuple(receives), at)
+
+
+def _within(spans: list[Span], part: Span) -> Span:
+    """Where `part` lies in the concatenation of `spans`."""
+    at = 0
+    for begin, end in spans:
+        if begin <= part[0] and part[1] <= end:
+            return at + part[0] - begin, at + part[1] - begin
+        at += end - begin
+    raise AssertionError("a rank was asked for rows that it does not hold")
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, plan: _Plan, group: Group) -> Tensor:
+        ctx.plan, ctx.group, ctx.num_rows = plan, group, rows.shape[1]
+        result = rows.new_empty(rows.shape[0], plan.num_rows, *rows.shape[2:])
+        _transfer(rows, plan.sends, result, plan.receives, group, add=False)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        result = grad.new_zeros(grad.shape[0], ctx.num_rows, *grad.shape[2:])
+        _transfer(grad, ctx.plan.receives, result, ctx.plan.sends, ctx.group, add=True)
+        return result, None, None
+
+
+def _transfer(
+    source: Tensor,
+    sends: tuple[tuple[int, Span], ...],
+    target: Tensor,
+    receives: tuple[tuple[int, Span], ...],
+    group: Group,
+    add: bool,
+) -> None:
+    """Move row ranges between ranks; a rank's ranges for itself are copied. `add` sums where ranges overlap."""
+    outgoing = [(peer, source[:, b:e].contiguous()) for peer, (b, e) in sends]
+    incoming = [(peer, target.new_empty(target.shape[0], e - b, *target.shape[2:])) for peer, (b, e) in receives]
+    own = [tensor for peer, tensor in outgoing if peer == group.rank]
+    group.exchange([s for s in outgoing if s[0] != group.rank], [r for r in incoming if r[0] != group.rank])
+    for (peer, (b, e)), (_, buffer) in zip(receives, incoming, strict=True):
+        part = own.pop(0) if peer == group.rank else buffer
+        target[:, b:e] = target[:, b:e] + part if add else part

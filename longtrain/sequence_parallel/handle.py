@@ -1,0 +1,62 @@
+"""The `Sequence` handle that mixers see, over the algorithms that were chosen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.call import AttendCall
+from longtrain.sequence_parallel.halo import halo
+from longtrain.sequence_parallel.shard import Shard
+
+
+@dataclass(frozen=True)
+class Algorithms:
+    """What serves each verb: the functions of the chosen modules."""
+
+    scan: Callable[[Recurrence, Shard, Any], tuple[Tensor, Any]]
+    attend: Callable[[AttendCall, Shard, Any], tuple[Tensor, Any]]
+
+
+@dataclass
+class ShardedSequence:
+    """`core.contracts.Sequence` for one rank's part of one macro-chunk.
+
+    Carries are opaque here: the n-th call of a verb in a chunk receives what the n-th call of the chunk before left,
+    and its algorithm alone knows what that is and which ranks hold it.
+    """
+
+    shard: Shard
+    algorithms: Algorithms
+    carries_in: list[Any] | None = None
+    """Left by the chunk before; None for the first chunk."""
+    carries_out: list[Any] = field(default_factory=list)
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, L] position of each token in its document."""
+        return self.shard.positions
+
+    def scan(self, op: Recurrence) -> Tensor:
+        """See `core.contracts.Sequence.scan`."""
+        return self._keep(*self.algorithms.scan(op, self.shard, self._carry()))
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
+    ) -> Tensor:
+        """See `core.contracts.Sequence.attend`."""
+        call = AttendCall(q, k, v, window, q.shape[-1] ** -0.5 if scale is None else scale)
+        return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
+
+    def halo(self, x: Tensor, width: int) -> Tensor:
+        """See `core.contracts.Sequence.halo`."""
+        return self._keep(*halo(x, width, self.shard, self._carry()))
+
+    def _carry(self) -> Any:
+        return None if self.carries_in is None else self.carries_in[len(self.carries_out)]
+
+    def _keep(self, output: Tensor, carry: Any) -> Tensor:
+        self.carries_out.append(carry)
+        return output

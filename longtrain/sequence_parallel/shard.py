@@ -1,0 +1,65 @@
+"""What an algorithm knows: which tokens this rank holds, who holds the others, and the group to reach them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from longtrain.comm.group import Group
+from longtrain.core.layout import SequenceLayout, Span, overlap, span_index
+from longtrain_kernels.block_attention import Tokens
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of one macro-chunk."""
+
+    layout: SequenceLayout
+    group: Group
+    device: torch.device
+    chunk: int = 0
+
+    @cached_property
+    def span(self) -> Span:
+        """This rank's tokens of the chunk."""
+        return self.layout.span(self.group.rank, self.chunk)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """This rank's tokens of the chunk, with their documents."""
+        return self._tokens([self.span])
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[B, L] position of each token in its document."""
+        return self.layout.positions(self.tokens.index)
+
+    @cached_property
+    def segment_documents(self) -> Tensor:
+        """[B, L] document starts in this segment up to each token: what a `Recurrence` needs."""
+        before = self.layout.documents(torch.tensor([self.span[0] - 1], device=self.device))
+        return self.tokens.documents - before
+
+    def counts(self) -> list[int]:
+        """Tokens of the chunk on every rank."""
+        spans = [self.layout.span(r, self.chunk) for r in range(self.group.size)]
+        return [end - begin for begin, end in spans]
+
+    def held_counts(self) -> list[int]:
+        """Tokens of this chunk and all earlier ones on every rank."""
+        held = [self.layout.held(r, self.chunk) for r in range(self.group.size)]
+        return [sum(end - begin for begin, end in spans) for spans in held]
+
+    def held_tokens(self, rank: int) -> Tokens:
+        """The tokens of this chunk and all earlier ones that a rank holds."""
+        return self._tokens(self.layout.held(rank, self.chunk))
+
+    def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
+        """The tokens in [begin, end) that a rank holds of this chunk and earlier ones; no empty spans."""
+        parts = [overlap(span, (begin, end)) for span in self.layout.held(rank, self.chunk)]
+        return [part for part in parts if part[1] > part[0]]
+
+    def _tokens(self, spans: list[Span]) -> Tokens:
+        index = span_index(spans, self.device)
+        return Tokens(index=index, documents=self.layout.documents(index))

@@ -1,0 +1,65 @@
+"""What a training run tells the outside: plain Python values, so that they travel between processes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Started:
+    """The ranks are ready and the next step is `step + 1`."""
+
+    step: int
+    """Committed steps so far; 0 for a fresh run."""
+    total_steps: int
+    context_length: int
+    """Tokens of one sequence, over all its ranks."""
+    world_size: int
+    sequence_parallel_size: int
+    parameters: int
+    """Trained numbers of the model."""
+    resumed_from: str | None
+    """Folder of the checkpoint that this attempt started from."""
+    unigram_entropy: float
+    """Nats per token of the training data: the loss of a model that knows only how often each token occurs."""
+    run_directory: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step."""
+
+    step: int
+    """Counted from 1."""
+    tokens: int
+    """Consumed since the start of training, this step included."""
+    loss: float
+    """Nats per predicted token."""
+    grad_norm: float
+    """Global 2-norm before clipping."""
+    learning_rate: float
+    step_seconds: float
+    tokens_per_second: float
+    """Of this step, over all ranks."""
+    peak_memory_bytes: int
+    """Largest over the ranks."""
+    mfu: float | None
+    """Model FLOPs over the devices' peak, 0 to 1; None on a CPU."""
+
+
+@dataclass(frozen=True)
+class CheckpointDone:
+    """A checkpoint is committed."""
+
+    step: int
+    path: str
+    seconds: float
+    """For which training stood still."""
+
+
+@dataclass(frozen=True)
+class Warned:
+    """One line for the user, such as a corrupt checkpoint that was passed over."""
+
+    message: str
+
+
+Event = Started | StepDone | CheckpointDone | Warned

@@ -1,0 +1,177 @@
+"""The training loop: batch, forward, backward, update; metrics every step, a checkpoint now and then."""
+
+import math
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtrain.checkpoint.store import CheckpointStore
+from longtrain.comm.mesh import Mesh
+from longtrain.core.errors import LongtrainError
+from longtrain.engine.replicated import ReplicatedEngine, StepResult
+from longtrain.model.build import MakeSequence
+from longtrain.model.model import Model
+from longtrain.telemetry.events import CheckpointDone, StepDone
+from longtrain.telemetry.records import LedgerLine, RunRecords
+from longtrain.training.batch import BatchReader
+from longtrain.training.config import TrainingConfig
+from longtrain.training.listener import Listener
+
+# Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """Where the loop is: steps done and tokens consumed since the start of the run."""
+
+    step: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What one step gave, the same on all ranks."""
+
+    loss: float
+    """Global mean, in nats per predicted token."""
+    result: StepResult
+    peak_memory_bytes: int
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+
+@dataclass
+class Loop:
+    """Everything a rank needs for its steps."""
+
+    config: TrainingConfig
+    mesh: Mesh
+    device: torch.device
+    model: Model
+    objective: Any
+    engine: ReplicatedEngine
+    reader: BatchReader
+    make_sequence: MakeSequence
+    store: CheckpointStore
+    records: RunRecords | None
+    """Of the writer; None on the other ranks."""
+    listener: Listener
+    corpus_digest: str
+    attempt: int
+    """Which start of the workers this is, counted from 0."""
+    ledger: list[LedgerLine] = field(default_factory=list)
+    """Lines of the steps since the last checkpoint: they are committed with the next one."""
+
+    def run(self, step: int, tokens: int) -> Progressed:
+        """Train from `step` steps and `tokens` tokens done, to the last step or until a stop is requested."""
+        while step < self.config.steps:
+            self.listener.phase("step", step)
+            begun = time.perf_counter()
+            batch_tokens = self.reader.tokens_per_step
+            done = self._step(step, tokens)
+            step, tokens = step + 1, tokens + batch_tokens
+            self._record(step, tokens, done, time.perf_counter() - begun)
+            if done.stop or step == self.config.steps or step % self.config.checkpoint.every_steps == 0:
+                self._checkpoint(step, tokens)
+            if done.stop:
+                break
+        return Progressed(step, tokens)
+
+    def _step(self, step: int, position: int) -> _Done:
+        """One update on the batch at `position`."""
+        batch = self.reader.read(position)
+        stop = torch.tensor(float(self.listener.stop_requested()), dtype=torch.float64, device=self.device)
+        sums = self.mesh.world.all_reduce(torch.stack([self.objective.count(batch.labels), stop]))
+        count = sums[0].clamp(min=1)
+        with self.engine.autocast(self.device):
+            hidden = self.model(batch.tokens, self.make_sequence(batch.layout))
+            total: Tensor = self.objective.loss_sum(hidden, self.model.head, batch.labels)
+        result = self.engine.step(total / count.to(total.dtype), step)
+        loss, memory = self._over_ranks(total.detach().double() / count)
+        if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
+            end = position + self.reader.tokens_per_step
+            raise LongtrainError(
+                f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (tokens {position} to {end} of the "
+                "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
+            )
+        return _Done(loss, result, memory, stop=bool(sums[1] > 0))
+
+    def _over_ranks(self, share: Tensor) -> tuple[float, int]:
+        """The sum of the ranks' shares of the loss, and the largest of their peak memories in bytes."""
+        memory = torch.tensor(float(peak_memory(self.device)), dtype=torch.float64, device=self.device)
+        gathered = torch.stack(self.mesh.world.all_gather(torch.stack([share, memory])))
+        return gathered[:, 0].sum().item(), int(gathered[:, 1].max().item())
+
+    def _record(self, step: int, tokens: int, step_done: _Done, seconds: float) -> None:
+        if self.records is None:
+            return
+        size = self.reader.tokens_per_step
+        done = StepDone(
+            step=step,
+            tokens=tokens,
+            loss=step_done.loss,
+            grad_norm=step_done.result.grad_norm,
+            learning_rate=step_done.result.learning_rate,
+            step_seconds=seconds,
+            tokens_per_second=size / seconds,
+            peak_memory_bytes=step_done.peak_memory_bytes,
+            mfu=self._mfu(size / seconds),
+        )
+        self.records.metrics(done)
+        self.listener.event(done)
+        self.ledger.append(
+            LedgerLine(
+                step=step,
+                begin=tokens - size,
+                end=tokens,
+                tokens=size,
+                context_length=self.config.context_length,
+                batch_size=self.config.batch_size,
+                seed=self.config.seed,
+                world_size=self.mesh.world.size,
+                sequence_parallel_size=self.mesh.sequence.size,
+                attempt=self.attempt,
+                loss=step_done.loss.hex(),
+            )
+        )
+
+    def _checkpoint(self, step: int, tokens: int) -> None:
+        self.listener.phase("checkpoint", step)
+        begun = time.perf_counter()
+        metadata = {
+            "tokens": tokens,
+            "seed": self.config.seed,
+            "corpus": self.corpus_digest,
+            "attempt": self.attempt,
+            "ledger": [asdict(line) for line in self.ledger],
+        }
+        path = self.store.save(step, self.engine.state(), metadata)
+        if self.records is not None:
+            self.records.ledger(self.ledger)
+            self.listener.event(CheckpointDone(step=step, path=str(path), seconds=time.perf_counter() - begun))
+        self.ledger = []
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOP utilisation over all ranks, or None where the device's peak is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
+        if peak is None:
+            return None
+        flops = self.model.flops_per_token(self.config.context_length / 2)
+        return tokens_per_second * flops / (peak * self.mesh.world.size)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory so far in bytes: of the GPU's allocator, or the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

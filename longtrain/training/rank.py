@@ -1,0 +1,112 @@
+"""One rank of a training run, from the configuration and the env:// variables to its outcome."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from longtrain.checkpoint.store import CheckpointStore
+from longtrain.comm.mesh import build_mesh, process_group
+from longtrain.core.errors import Refused
+from longtrain.core.registry import Registry
+from longtrain.data.prepare import open_corpus
+from longtrain.engine.replicated import ReplicatedEngine
+from longtrain.model.build import build_model, sequence_maker
+from longtrain.telemetry.events import Started
+from longtrain.telemetry.lock import RunLock
+from longtrain.telemetry.records import RunRecords
+from longtrain.training.batch import BatchReader
+from longtrain.training.config import TrainingConfig
+from longtrain.training.listener import Listener
+from longtrain.training.loop import Loop, Progressed
+from longtrain.training.resume import resume
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a rank ended."""
+
+    step: int
+    """Steps of the run that are done, in this attempt and before."""
+    tokens: int
+    preempted: bool
+    """Whether it was asked to stop before the last step; a checkpoint of `step` is committed."""
+
+
+def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
+    """Train, or go on training, as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
+
+    Raises Refused for what the user can mend, CorruptCheckpoint and CorruptData where stored bytes are wrong.
+    """
+    listener.phase("start", 0)
+    device = pick_device(config.engine.device)
+    registry = Registry(config.plugins)
+    with process_group(device, COLLECTIVE_TIMEOUT):
+        mesh = build_mesh(config.sequence_parallel.size)
+        directory = run_directory(config)
+        directory.mkdir(parents=True, exist_ok=True)
+        with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
+            corpus = open_corpus(config.data, registry, config.seed)
+            model = build_model(config.model, config.mixer, corpus.vocab_size, config.seed, registry).to(device)
+            engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
+            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+            records = RunRecords(directory) if mesh.is_writer else None
+            listener.phase("load", 0)
+            start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
+            if mesh.is_writer:
+                listener.event(
+                    Started(
+                        step=start.step,
+                        total_steps=config.steps,
+                        context_length=config.context_length,
+                        world_size=mesh.world.size,
+                        sequence_parallel_size=mesh.sequence.size,
+                        parameters=sum(p.numel() for p in model.parameters()),
+                        resumed_from=start.path,
+                        unigram_entropy=corpus.unigram_entropy,
+                        run_directory=str(directory),
+                    )
+                )
+            objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
+            loop = Loop(
+                config=config,
+                mesh=mesh,
+                device=device,
+                model=model,
+                objective=objective.Objective(config.objective),
+                engine=engine,
+                reader=BatchReader(corpus, config.context_length, config.batch_size, mesh, device),
+                make_sequence=sequence_maker(config.sequence_parallel, mesh.sequence, device, registry),
+                store=store,
+                records=records,
+                listener=listener,
+                corpus_digest=corpus.digest,
+                attempt=start.attempt,
+            )
+            end: Progressed = loop.run(start.step, start.tokens)
+    listener.phase("done", end.step)
+    return Outcome(step=end.step, tokens=end.tokens, preempted=end.step < config.steps)
+
+
+def run_directory(config: TrainingConfig) -> Path:
+    """`<run.dir>/<run.name>`. Raises Refused where the name has not been filled in."""
+    if config.run.name is None:
+        raise Refused("run.name is not set; give the run a name")
+    return config.run.dir / config.run.name
+
+
+def pick_device(choice: str) -> torch.device:
+    """The device of this rank: its own GPU, by LOCAL_RANK among those it can see, or the CPU."""
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise Refused("engine.device=cuda, but this machine has no usable GPU; use engine.device=auto")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device

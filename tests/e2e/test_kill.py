@@ -1,0 +1,118 @@
+"""kill -9, of a worker or of the whole command: the same command again ends with the bits of an undisturbed run."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from longtrain.checkpoint.store import CheckpointStore
+from longtrain.telemetry.records import check_ledger
+from tests.harness.cli import SMALL, start, succeed
+
+STEPS = 12
+COMMAND = ("train", *SMALL, f"steps={STEPS}", "checkpoint.every_steps=3", "checkpoint.keep=2")
+TIMEOUT = 120
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    store = CheckpointStore(folder / "runs" / "run" / "checkpoints", keep=2)
+    found = store.newest()
+    assert found is not None
+    assert found.step == STEPS
+    return store.load(found.path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    succeed(folder, *COMMAND)
+    assert_records(folder)
+    return weights(folder)
+
+
+def assert_records(folder: Path) -> None:
+    run = folder / "runs" / "run"
+    assert check_ledger(run / "ledger.jsonl", last_step=STEPS) == []
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def assert_same_bits(folder: Path, want: dict[str, torch.Tensor]) -> None:
+    got = weights(folder)
+    assert got.keys() == want.keys()
+    assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    """Until the run has recorded a step."""
+    metrics = folder / "runs" / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= step):
+        assert time.monotonic() < deadline, f"step {step} was not reached in {TIMEOUT} s"
+        time.sleep(0.01)
+
+
+def writer(folder: Path) -> int:
+    """Process id of the rank that writes the run."""
+    return json.loads((folder / "runs" / "run" / "writer.lock").read_text())["pid"]
+
+
+def worker_processes(pid: int) -> Iterator[psutil.Process]:
+    """The workers of the job whose rank 0 is process `pid`."""
+    for process in psutil.Process(pid).parent().children():
+        if "Worker" in process.name() or "Worker" in " ".join(process.cmdline()):
+            yield process
+
+
+@pytest.mark.parametrize(("step", "victim"), [(1, "first"), (5, "last")])
+def test_a_killed_worker_costs_nothing(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor], step: int, victim: str
+) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    process = start(folder, *COMMAND)
+    wait_for_step(folder, step)
+    rank_zero = writer(folder)
+    others = [p.pid for p in worker_processes(rank_zero) if p.pid != rank_zero]
+    os.kill(rank_zero if victim == "first" else others[0], signal.SIGKILL)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, f"{output}\n{errors}"
+    incidents = [json.loads(line) for line in (folder / "runs" / "run" / "incidents.jsonl").read_text().splitlines()]
+    assert incidents, "the death of a worker was not recorded"
+    assert_same_bits(folder, undisturbed)
+    assert_records(folder)
+
+
+def test_the_whole_command_killed_goes_on_when_run_again(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    for step in (2, 7):
+        process = start(folder, *COMMAND)
+        wait_for_step(folder, step)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate(timeout=TIMEOUT)
+    succeed(folder, *COMMAND)
+    assert_same_bits(folder, undisturbed)
+    assert_records(folder)
+
+
+def test_a_terminated_command_saves_and_says_so(tmp_path: Path, undisturbed: dict[str, torch.Tensor]) -> None:
+    folder = tmp_path / "job"
+    folder.mkdir()
+    process = start(folder, *COMMAND)
+    wait_for_step(folder, 4)
+    process.terminate()
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 75, f"{output}\n{errors}"
+    saved = CheckpointStore(folder / "runs" / "run" / "checkpoints", keep=2).newest()
+    assert saved is not None
+    assert saved.step >= 4
+    succeed(folder, *COMMAND)
+    assert_same_bits(folder, undisturbed)
+    assert_records(folder)

@@ -1,0 +1,99 @@
+"""What a user gets wrong gets one line and exit code 2, and loses nothing."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longtrain.checkpoint.store import CheckpointStore
+from tests.harness.cli import SMALL, refuse, run, succeed
+
+ALONE = ("cluster.address=env", "sequence_parallel.size=1")
+"""One rank in the command's own process."""
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("contxt_length=1k", ["contxt_length", "did you mean 'context_length'"]),
+        ("steps=many", ["steps=many", "integer"]),
+        ("model=hybrid_tinny", ["hybrid_tinny", "hybrid_tiny"]),
+        ("mixer.softmax.num_heads=3", ["num_heads=3"]),
+        ("context_length=1.3k", ["context_length=1.3k", "tokens"]),
+        ("sequence_parallel.attend=rign", ["rign", "ring"]),
+    ],
+)
+def test_mistyped_settings(tmp_path: Path, override: str, words: list[str]) -> None:
+    line = refuse(tmp_path, "train", override)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+def test_a_group_that_does_not_divide_the_workers(tmp_path: Path) -> None:
+    line = refuse(tmp_path, "train", "sequence_parallel.size=3", "cluster.workers=4")
+    assert "cluster.workers=4" in line
+    assert "3 or 6" in line
+
+
+def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"text\x00\xff\xfe")
+    for path, word in (("empty", "empty"), ("missing", "missing"), ("binary.txt", "binary.txt")):
+        line = refuse(tmp_path, "train", "data=text", f"data.path={path}", *ALONE)
+        assert word in line, line
+    assert "data.path" in refuse(tmp_path, "train", "data=text", *ALONE)
+
+
+def test_a_damaged_token_store(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    succeed(tmp_path, "prepare", f"data.store={store}")
+    shard = max(store.glob("*.arrow"), key=lambda p: p.stat().st_size)
+    os.truncate(shard, shard.stat().st_size // 2)
+    line = refuse(tmp_path, "train", f"data.store={store}", *SMALL, *ALONE, "steps=2")
+    assert shard.name in line, line
+
+
+def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
+    command = ("train", *SMALL, *ALONE, "checkpoint.every_steps=2")
+    succeed(tmp_path, *command, "steps=4", "run.name=run")
+    limit = 64 * 1024  # less than a checkpoint, more than any other file of a run
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}));"
+        "from longtrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path.parent / "cache")}
+    full = subprocess.run(
+        [sys.executable, "-c", code, *command, "steps=8", "run.name=run"],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert full.returncode == 2, full.stderr
+    lines = [line for line in full.stderr.splitlines() if line.startswith("longtrain:")]
+    assert len(lines) == 1, full.stderr
+    assert "step-00000006" in lines[0]
+    assert "step-00000004" in lines[0], "the newest committed checkpoint is named"
+    folder = tmp_path / "runs" / "run" / "checkpoints"
+    assert not [p for p in folder.iterdir() if not p.name.startswith("step-")], "no temporary files stay"
+    found = CheckpointStore(folder, keep=3).newest()
+    assert found is not None
+    assert found.step == 4
+    succeed(tmp_path, *command, "steps=8", "run.name=run")
+    assert run(tmp_path, "checkpoint", "verify", "runs/run")[0] == 0
+
+
+def test_a_corrupt_checkpoint_is_found_by_verify(tmp_path: Path) -> None:
+    succeed(tmp_path, "train", *SMALL, *ALONE, "steps=2")
+    assert "ok" in succeed(tmp_path, "checkpoint", "verify", "runs/run")
+    shard = next((tmp_path / "runs" / "run" / "checkpoints").glob("*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 4
+    shard.write_bytes(data)
+    code, output, _ = run(tmp_path, "checkpoint", "verify", "runs/run")
+    assert code == 1
+    assert shard.name in output

@@ -1,0 +1,1 @@
+"""An algorithm's name is all that a configuration needs."""

@@ -1,0 +1,49 @@
+"""Every token belongs to one rank and one chunk, whatever the lengths."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtrain.core.layout import SequenceLayout, overlap, span_index
+
+
+@given(length=st.integers(1, 60), ranks=st.integers(1, 9), chunk=st.none() | st.integers(1, 70))
+def test_ranks_and_chunks_cover_the_sequence_once(length: int, ranks: int, chunk: int | None) -> None:
+    layout = SequenceLayout(length, ranks, ((0,),), chunk)
+    spans = [layout.span(r, c) for c in range(layout.num_chunks) for r in range(ranks)]
+    assert [t for span in spans for t in range(*span)] == list(range(length))
+    for c in range(layout.num_chunks):
+        sizes = [e - b for b, e in (layout.span(r, c) for r in range(ranks))]
+        assert max(sizes) - min(sizes) <= 1
+
+
+@given(length=st.integers(1, 60), ranks=st.integers(1, 5), chunk=st.integers(1, 20))
+def test_held_tokens_are_those_of_all_chunks_so_far(length: int, ranks: int, chunk: int) -> None:
+    layout = SequenceLayout(length, ranks, ((0,),), chunk)
+    last = layout.num_chunks - 1
+    held = torch.cat([span_index(layout.held(r, last), torch.device("cpu")) for r in range(ranks)])
+    assert held.sort().values.tolist() == list(range(length))
+
+
+@given(st.sets(st.integers(1, 39)).map(lambda s: tuple(sorted({0, *s}))))
+def test_documents_and_positions_follow_the_starts(starts: tuple[int, ...]) -> None:
+    layout = SequenceLayout(40, 1, (starts, (0,)))
+    index = torch.arange(40)
+    documents, positions = layout.documents(index), layout.positions(index)
+    assert documents[0].tolist() == [sum(s <= t for s in starts) - 1 for t in range(40)]
+    assert positions[0].tolist() == [t - max(s for s in starts if s <= t) for t in range(40)]
+    assert positions[1].tolist() == list(range(40))
+    assert layout.documents(torch.tensor([-1]))[0].item() == -1
+
+
+@pytest.mark.parametrize("starts", [(), (1, 2), (0, 5, 5), (0, 7, 3), (0, 40)])
+def test_impossible_starts_are_refused(starts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="ascend from 0"):
+        SequenceLayout(40, 1, (starts,))
+
+
+def test_overlap_of_disjoint_spans_is_empty() -> None:
+    assert overlap((0, 5), (3, 9)) == (3, 5)
+    begin, end = overlap((0, 2), (5, 9))
+    assert begin == end

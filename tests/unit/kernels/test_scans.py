@@ -1,0 +1,127 @@
+"""The chunked scans against the loop over time, in float64: outputs, final state and every gradient."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.diagonal_scan import DiagonalScan
+from longtrain_kernels.diagonal_scan.reference import diagonal_scan_reference
+from longtrain_kernels.gated_delta_scan import GatedDeltaScan
+from longtrain_kernels.gated_delta_scan.reference import gated_delta_reference
+from tests.harness.documents import awkward_starts, segment_documents
+
+# float64 rounding of sums over at most 130 tokens
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+KINDS = ("scalar", "vector", "delta")
+H, K, V = 3, 5, 4
+
+
+def inputs(kind: str, length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    torch.manual_seed(length)
+    q, k = torch.randn(2, length, H, K), torch.randn(2, length, H, K)
+    v, gate = torch.randn(2, length, H, V), torch.randn(2, length, H, K)
+    tensors = {
+        "scalar": (q, k, v, -gate[..., 0].exp()),
+        "vector": (q, k, v, -gate.exp()),
+        "delta": (q, torch.nn.functional.normalize(k, dim=-1), v, -gate[..., 0].exp(), 2 * gate[..., 1].sigmoid()),
+    }[kind]
+    return tuple(t.to(dtype).requires_grad_() for t in tensors)
+
+
+def op(kind: str, tensors: tuple[Tensor, ...]) -> DiagonalScan | GatedDeltaScan:
+    return GatedDeltaScan(*tensors) if kind == "delta" else DiagonalScan(*tensors)
+
+
+def reference(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    return gated_delta_reference if kind == "delta" else diagonal_scan_reference
+
+
+def gradients(results: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    torch.manual_seed(7)
+    cotangents = [torch.randn(r.shape, dtype=r.dtype) for r in results]
+    return torch.autograd.grad(results, leaves, cotangents, materialize_grads=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 130])
+def test_apply_is_the_recurrence(kind: str, length: int) -> None:
+    tensors = inputs(kind, length)
+    state = torch.randn(2, H, K, V, dtype=torch.float64, requires_grad=True)
+    starts = awkward_starts(length, edges=(16, 64))
+    # The second segment of a sequence: its first token continues the carry's document in row 0.
+    documents = segment_documents(starts, 0, length) - torch.tensor([[1], [0]])
+    got = op(kind, tensors).apply(documents, state)
+    want = reference(kind)(*tensors, documents, state)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    leaves = (*tensors, state)
+    torch.testing.assert_close(gradients(got, leaves), gradients(want, leaves), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [0, 1, 17, 65])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_segment_corrected_by_its_carry_is_the_recurrence_from_it(kind: str, length: int, packed: bool) -> None:
+    tensors = inputs(kind, length)
+    state = torch.randn(2, H, K, V, dtype=torch.float64, requires_grad=True)
+    documents = torch.zeros(2, length, dtype=torch.int64)
+    if packed and length:
+        documents = segment_documents(awkward_starts(length, edges=(16,)), 0, length) - torch.tensor([[1], [0]])
+    segment = op(kind, tensors).summarize(documents)
+    transition = segment.transition if kind == "delta" else segment.transition[..., None]
+    carried = transition @ state if kind == "delta" else transition * state
+    got = (segment.correct(state), carried + segment.state)
+    want = reference(kind)(*tensors, documents, state)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    leaves = (*tensors, state)
+    torch.testing.assert_close(gradients(got, leaves), gradients(want, leaves), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_segment_is_the_identity_and_stays_in_the_graph(kind: str) -> None:
+    tensors = inputs(kind, 0)
+    segment = op(kind, tensors).summarize(torch.zeros(2, 0, dtype=torch.int64))
+    identity = torch.eye(K, dtype=torch.float64).expand(2, H, -1, -1) if kind == "delta" else torch.ones(())
+    torch.testing.assert_close(segment.transition, identity.to(torch.float64).expand_as(segment.transition))
+    assert segment.state.abs().max() == 0
+    assert all(t.requires_grad for t in (segment.output, segment.readout, segment.transition, segment.state))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_document_changes_nothing_to_the_bit(kind: str) -> None:
+    first, second = inputs(kind, 40), inputs(kind, 40)
+    second = tuple(
+        torch.cat([b[:, :17], a[:, 17:]], dim=1).detach() for a, b in zip(first, inputs(kind, 41)[:], strict=True)
+    )
+    documents = segment_documents(((0, 17), (0, 17)), 0, 40)
+    got, other = (op(kind, t).apply(documents, None)[0][:, 17:] for t in (first, second))
+    assert torch.equal(got, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_inputs_keep_a_float32_state(kind: str) -> None:
+    tensors = inputs(kind, 65, torch.bfloat16)
+    output, state = op(kind, tensors).apply(torch.zeros(2, 65, dtype=torch.int64), None)
+    exact, exact_state = reference(kind)(*(t.double() for t in tensors), torch.zeros(2, 65, dtype=torch.int64), None)
+    assert output.dtype == torch.bfloat16
+    assert state.dtype == accumulator_dtype(torch.bfloat16) == torch.float32
+    # bfloat16 rounds the output to 2^-9; the state is float32 throughout
+    torch.testing.assert_close(output.double(), exact, rtol=2**-8, atol=2**-8)
+    torch.testing.assert_close(state.double(), exact_state, rtol=1e-4, atol=1e-4)
+
+
+def test_strong_decay_underflows_to_zero_without_nan() -> None:
+    q, k, v, _ = inputs("scalar", 130, torch.float32)
+    decay = torch.full((2, 130, H), -200.0, requires_grad=True)
+    output, state = DiagonalScan(q, k, v, decay).apply(torch.zeros(2, 130, dtype=torch.int64), None)
+    grads = torch.autograd.grad((output, state), (q, k, v, decay), (torch.ones_like(output), torch.ones_like(state)))
+    assert all(torch.isfinite(t).all() for t in (output, state, *grads))
+
+
+@pytest.mark.parametrize("wrong", [{"queries": (2, 8, 3, 4)}, {"values": (2, 7, 3, 4)}, {"log_decay": (2, 8)}])
+def test_mismatched_shapes_are_named(wrong: dict[str, tuple[int, ...]]) -> None:
+    shapes = {"queries": (2, 8, 3, 5), "keys": (2, 8, 3, 5), "values": (2, 8, 3, 4), "log_decay": (2, 8, 3)} | wrong
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        DiagonalScan(**{name: torch.zeros(shape) for name, shape in shapes.items()})
