@@ -1,11 +1,14 @@
 """Fixtures of all tests."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.harness.ranks import RankPool
 from tests.harness.ray_head import RayHead, start_ray_head
+
+os.environ["RAY_AUTH_MODE"] = "token"  # read by Ray when it is first imported, which collecting tests does
 
 
 @pytest.fixture(scope="session")

@@ -64,10 +64,12 @@ def _join(address: str) -> None:
         check_reachable("cluster.address", address, host, int(port))
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise Refused(f"cluster.address={address}: no running Ray cluster was found; use local or HOST:PORT") from error
-    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise Refused(f"cluster.address={address}: {str(error).strip().splitlines()[0]}") from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        if "Authentication" in f"{error} {error.__cause__}":
+            remedy = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+            raise Refused(f"cluster.address={address}: the token is missing or wrong; {remedy}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise Refused(f"cluster.address={address}: {reason}; check the address, or use local") from error
 
 
 def check_reachable(setting: str, address: str, host: str, port: int) -> None:

@@ -38,7 +38,7 @@ class RayHead:
     jobs: str
     """URL of the job server."""
     environment: Mapping[str, str]
-    """What a client needs to be let in: RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH."""
+    """What lets a client in, beside RAY_AUTH_MODE=token, which Ray reads once, when it is imported."""
     token: str
     process: subprocess.Popen[bytes]
     folder: Path
@@ -62,7 +62,7 @@ def start_ray_head(num_cpus: int = 4) -> RayHead:
     token = "f1d0" * 16
     (folder / "token").write_text(token)
     (folder / "token").chmod(0o600)
-    client = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    client = {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     # `python` of an entrypoint is found on the head's PATH, and modules of tests below the repository's root.
     paths = {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
@@ -77,7 +77,7 @@ def start_ray_head(num_cpus: int = 4) -> RayHead:
     with (folder / "head.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments],
-            env={**os.environ, **_QUIET, **client, **paths},
+            env={**os.environ, **_QUIET, **client, **paths, "RAY_AUTH_MODE": "token"},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
