@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from tests.harness.ranks import RankPool
+from tests.harness.ray_head import RayHead, start_ray_head
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,17 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
     yield get
     for pool in pools.values():
         pool.kill()
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[RayHead]:
+    """The one Ray cluster of the test session; the session is let in by its token."""
+    head = start_ray_head()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in head.environment.items():
+            patch.setenv(name, value)
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        try:
+            yield head
+        finally:
+            head.stop()

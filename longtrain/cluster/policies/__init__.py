@@ -1,0 +1,1 @@
+"""Failure policies, one module each: they decide, the controller acts."""

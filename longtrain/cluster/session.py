@@ -1,0 +1,91 @@
+"""The connection to Ray: embedded in this process, or to a running cluster."""
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import ray
+
+from longtrain.core.errors import Refused
+
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Just above Ray's minimum of 75 MiB; only heartbeats and events travel through Ray, the ranks use sockets."""
+_CONNECT_SECONDS = 5.0
+_KILL_MILLISECONDS = 500
+"""A stopped process (SIGSTOP) does not obey Ray's request to exit; it is killed after this, by default after 5 s."""
+
+
+@contextmanager
+def connected(address: str, workers: int, resources: Mapping[str, float]) -> Iterator[None]:
+    """An initialised Ray inside the block.
+
+    `local` starts one in this process, with as many CPUs as the workers ask for. `auto` and `HOST:PORT` join.
+    Raises Refused where the address cannot be used, and where this machine can never hold the workers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    # Ray prints the raylet's ten lines about a dead worker, which our incident says in one; 2.60 has no switch for it.
+    ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
+    if address == "local":
+        _start_embedded(math.ceil(workers * resources.get("CPU", 0)))
+    else:
+        _join(address)
+    try:
+        if address == "local":
+            _check_fits(workers, resources)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_embedded(num_cpus: int) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus + 1,  # Ray starts as many processes in advance; the mailbox takes one, and no CPU
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        dashboard_host="127.0.0.1",
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config={"kill_worker_timeout_milliseconds": _KILL_MILLISECONDS},
+    )
+
+
+def _join(address: str) -> None:
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if "://" in address or not host or not port.isdigit():
+            raise Refused(f"cluster.address={address} is not an address; use local, auto, env or HOST:PORT")
+        check_reachable("cluster.address", address, host, int(port))
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise Refused(f"cluster.address={address}: no running Ray cluster was found; use local or HOST:PORT") from error
+    except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise Refused(f"cluster.address={address}: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_reachable(setting: str, address: str, host: str, port: int) -> None:
+    """Raises Refused within seconds where nothing listens; Ray's own clients wait for minutes."""
+    try:
+        socket.create_connection((host.strip("[]"), port), _CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise Refused(
+            f"{setting}={address} cannot be reached ({reason}); check the address, or start a head"
+        ) from error
+
+
+def _check_fits(workers: int, resources: Mapping[str, float]) -> None:
+    have = ray.cluster_resources()
+    for name, amount in resources.items():
+        if amount * workers > have.get(name, 0):
+            raise Refused(
+                f"cluster.workers={workers} with cluster.resources.{name}={amount:g} each needs {amount * workers:g}, "
+                f"this machine has {have.get(name, 0):g}; use fewer workers or another cluster.address"
+            )
