@@ -57,6 +57,11 @@ def _heads_first(x: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 
+def _scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+    """[B, G, H/G, l, m] scores of scaled queries, -inf where the key is not visible; a tensor of its own."""
+    return (q @ k.mT).masked_fill_(~visible, float("-inf"))
+
+
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, window: int | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -71,16 +76,17 @@ def attention_forward(
     dtype, kv_heads = accumulator_dtype(q.dtype), k.shape[2]
     batch, length, heads, _ = q.shape
     q, k, v = (_heads_first(x, kv_heads, dtype) for x in (q, k, v))
+    q = q * scale
     output = q.new_zeros(batch, kv_heads, heads // kv_heads, length, v.shape[-1])
     lse = q.new_full((batch, kv_heads, heads // kv_heads, length), float("-inf"))
     for tile, seen in _tiles(queries, keys, window):
-        scores = (q[..., tile, :] @ k[..., seen, :].mT) * scale
-        scores = scores.masked_fill(~_mask(queries, keys, tile, seen, window), float("-inf"))
-        tile_lse = scores.logsumexp(-1)
-        lse[..., tile] = tile_lse
-        # A row that sees nothing has lse -inf, and exp(-inf - 0) is 0 for all its keys.
-        finite = tile_lse.masked_fill(tile_lse == float("-inf"), 0.0)
-        output[..., tile, :] = (scores - finite.unsqueeze(-1)).exp() @ v[..., seen, :]
+        weights = _scores(q[..., tile, :], k[..., seen, :], _mask(queries, keys, tile, seen, window))
+        # A row that sees nothing has the maximum -inf; exp(-inf - 0) is 0 for all its keys.
+        top = weights.amax(-1, keepdim=True)
+        top = top.masked_fill_(top == float("-inf"), 0.0)
+        total = weights.sub_(top).exp_().sum(-1, keepdim=True)
+        lse[..., tile] = (top + total.log()).squeeze(-1)
+        output[..., tile, :] = (weights @ v[..., seen, :]) / total.clamp(min=torch.finfo(dtype).tiny)
     return output.permute(0, 3, 1, 2, 4).flatten(2, 3), lse.flatten(1, 2)
 
 
@@ -108,18 +114,17 @@ def attention_backward(
     dtype, kv_heads = accumulator_dtype(q.dtype), k.shape[2]
     q, k, v, grad = (_heads_first(x, kv_heads, dtype) for x in (q, k, v, grad))
     lse, delta = (x.unflatten(1, (kv_heads, -1)).unsqueeze(-1) for x in (lse, delta))
+    q = q * scale
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for tile, seen in _tiles(queries, keys, window):
-        scores = (q[..., tile, :] @ k[..., seen, :].mT) * scale
-        scores = scores.masked_fill(~_mask(queries, keys, tile, seen, window), float("-inf"))
-        weights = (scores - lse[..., tile, :]).exp()
+        weights = _scores(q[..., tile, :], k[..., seen, :], _mask(queries, keys, tile, seen, window))
+        weights = weights.sub_(lse[..., tile, :]).exp_()
         dv[..., seen, :] += (weights.mT @ grad[..., tile, :]).sum(2, keepdim=True)
-        dweights = grad[..., tile, :] @ v[..., seen, :].mT
-        dscores = weights * (dweights - delta[..., tile, :]) * scale
+        dscores = (grad[..., tile, :] @ v[..., seen, :].mT).sub_(delta[..., tile, :]).mul_(weights)
         dq[..., tile, :] = dscores @ k[..., seen, :]
         dk[..., seen, :] += (dscores.mT @ q[..., tile, :]).sum(2, keepdim=True)
-    dq, dk, dv = (x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (dq, dk, dv))
+    dq, dk, dv = (x.permute(0, 3, 1, 2, 4).flatten(2, 3) for x in (dq * scale, dk, dv))
     return dq, dk, dv
 
 
