@@ -199,10 +199,10 @@ def _prepare(arguments: argparse.Namespace) -> int:
 def _submit(arguments: argparse.Namespace) -> int:
     from longtrain.cluster.resolve import resolve
 
-    resolve(arguments.overrides)  # a mistake is found here, before anything is sent
+    job = resolve(arguments.overrides)  # a mistake is found here, before anything is sent
     from longtrain.cluster.jobs import submit
 
-    return submit(arguments.overrides, arguments.address, arguments.follow)
+    return submit(arguments.overrides, arguments.address, arguments.follow, str(job.config.run.name))
 
 
 def _jobs(arguments: argparse.Namespace) -> int:

@@ -9,36 +9,23 @@ from longtrain.cluster.group import RayWorkerGroup, check_resources
 from longtrain.cluster.session import connected
 from longtrain.cluster.signals import StopSignals
 from longtrain.cluster.worker import Work
-from longtrain.core.errors import Refused
-
-
-def world_size(cluster: ClusterConfig, group_size: int) -> int:
-    """Ranks of the job; raises Refused where they are not whole sequence-parallel groups."""
-    workers = group_size if cluster.workers is None else cluster.workers
-    if workers % group_size:
-        near = sorted({max(1, workers // group_size) * group_size, (workers // group_size + 1) * group_size})
-        remedy = " or ".join(str(count) for count in near)
-        raise Refused(
-            f"cluster.workers={workers} is not a multiple of sequence_parallel.size={group_size}; use {remedy} workers"
-        )
-    return workers
 
 
 def execute(
     work: Work,
     *,
     cluster: ClusterConfig,
+    size: int,
     group_size: int,
     policy: FailurePolicy,
     observer: Observer,
     signals: StopSignals,
 ) -> Result:
-    """Run `work` on all ranks until it is finished, stopped or given up.
+    """Run `work` on `size` ranks, in groups of `group_size` neighbours, until it is finished, stopped or given up.
 
     Prints a worker's traceback to standard error, once, where the run is given up because of a foreign exception.
     Raises Refused where the cluster cannot be used.
     """
-    size = world_size(cluster, group_size)
     resources = check_resources(cluster.resources)
     with connected(cluster.address, size, resources):
         signals.install()  # Ray has put its own handler for SIGTERM

@@ -4,9 +4,11 @@ import logging
 import math
 import os
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import psutil
 import ray
 
 from longtrain.core.errors import Refused
@@ -30,16 +32,22 @@ def connected(address: str, workers: int, resources: Mapping[str, float]) -> Ite
         return
     # Ray prints the raylet's ten lines about a dead worker, which our incident says in one; 2.60 has no switch for it.
     ray._private.worker.print_to_stdstream = lambda *arguments, **options: None
-    if address == "local":
-        _start_embedded(math.ceil(workers * resources.get("CPU", 0)))
-    else:
+    if address != "local":
         _join(address)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    _start_embedded(math.ceil(workers * resources.get("CPU", 0)))
+    watch = _watch_agents()
     try:
-        if address == "local":
-            _check_fits(workers, resources)
+        _check_fits(workers, resources)
         yield
     finally:
         ray.shutdown()
+        watch.kill()
+        watch.wait()
 
 
 def _start_embedded(num_cpus: int) -> None:
@@ -54,6 +62,19 @@ def _start_embedded(num_cpus: int) -> None:
         logging_level=logging.ERROR,
         _system_config={"kill_worker_timeout_milliseconds": _KILL_MILLISECONDS},
     )
+
+
+def _watch_agents() -> subprocess.Popen[bytes]:
+    """A shell that ends the agents of the embedded Ray when this process dies, however it dies.
+
+    All else dies with this process, but the agents first try for a minute to report to a server that is gone too. The
+    shell waits for the end of its input, which is held open by this process alone, outside of the terminal's group.
+    """
+    below = psutil.Process().children(recursive=True)
+    agents = [str(process.pid) for process in below if "Agent" in " ".join(process.cmdline()[:1])]
+    command = ["/bin/sh", "-c", 'read -r _; [ $# -eq 0 ] || kill -9 "$@"', "sh", *agents]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True)
 
 
 def _join(address: str) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 INTERRUPTED_EXIT_CODE = 130
+_LAST_WORDS_SECONDS = 0.3
 
 
 class StopSignals:
@@ -26,7 +28,10 @@ class StopSignals:
     def handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:
             # Workers need no word: Ray ends them with their driver. Its own shutdown would take seconds.
-            self._before_quit()
+            # The main thread may hold a lock that the callback waits for, so it is not waited for long.
+            last_words = threading.Thread(target=self._before_quit, daemon=True)
+            last_words.start()
+            last_words.join(_LAST_WORDS_SECONDS)
             os._exit(INTERRUPTED_EXIT_CODE)
         self.requested = True
         self._on_request()

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from longtrain.cluster.config import JobConfig
-from longtrain.config import load_config
+from longtrain.config.load import load_config
 from longtrain.core.registry import Registry
-from longtrain.training.rank import Listener, Outcome, run_rank
+from longtrain.training.listener import Listener
+from longtrain.training.rank import Outcome, run_rank
 
 
 def train(tree: dict[str, Any], plugins: tuple[Path, ...], listener: Listener) -> Outcome:

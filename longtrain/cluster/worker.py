@@ -110,7 +110,7 @@ class Heart:
     def _beat(self) -> None:
         while True:
             with self._changed:
-                if not (self._unsent or self._closed):
+                if self._count and not (self._unsent or self._closed):
                     self._changed.wait(BEAT_SECONDS)
                 closed, events = self._closed, list(self._unsent)
                 self._count += 1
@@ -130,7 +130,8 @@ class Heart:
                     return
 
 
-def _named(name: str) -> Callable[..., Any]:
+def named(name: str) -> Callable[..., Any]:
+    """The function `module:function`."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
 
@@ -150,8 +151,8 @@ class Worker:
         if os.path.isdir(work.directory):
             os.chdir(work.directory)
         try:
-            _named(_HOST_STORE)
-            _named(work.target)
+            named(_HOST_STORE)
+            named(work.target)
         except BaseException as error:
             return Raised.of(error)
         context = ray.get_runtime_context()
@@ -160,7 +161,7 @@ class Worker:
 
     def host_store(self, address: str) -> int:
         """Serve the rendezvous store of this attempt; returns its port."""
-        self._store = _named(_HOST_STORE)(address)
+        self._store = named(_HOST_STORE)(address)
         return self._store.port
 
     def run(self, work: Work, place: Place, variables: Mapping[str, str], mailbox: Any, attempt: int) -> Done | Raised:
@@ -172,7 +173,7 @@ class Worker:
 
         heart = Heart(push)
         try:
-            outcome = _named(work.target)(work.tree, work.plugins, heart)
+            outcome = named(work.target)(work.tree, work.plugins, heart)
             return Done(outcome.step, outcome.tokens, outcome.preempted)
         except BaseException as error:  # also SystemExit: whatever ends the rank is reported as its failure
             return Raised.of(error)

@@ -16,7 +16,7 @@ from longtrain.cluster.policies.restart import Config, Policy
 from longtrain.cluster.session import connected
 from longtrain.cluster.signals import StopSignals, listening
 from longtrain.cluster.worker import Work
-from longtrain.core.errors import CorruptData, LongtrainError, Refused, WorkerFailed
+from longtrain.core.errors import CorruptData, Refused, WorkerFailed
 
 STEPS = 8
 
@@ -58,7 +58,9 @@ def run(address, tmp_path):
         with listening(StopSignals()) as signals:
             watcher = Watcher(signals, stop_at)
             policy = Policy(Config(name="restart", delay_seconds=0.0), max_failures)
-            result = execute(work, cluster=cluster, group_size=2, policy=policy, observer=watcher, signals=signals)
+            result = execute(
+                work, cluster=cluster, size=workers, group_size=2, policy=policy, observer=watcher, signals=signals
+            )
         return result, watcher
 
     return start
@@ -90,7 +92,7 @@ def test_a_killed_worker_is_noticed_at_once_and_all_ranks_go_on_from_the_last_co
     result, watcher = run(fault={"kind": "kill", "rank": rank, "step": 5})
     assert result.state is State.FINISHED and result.outcome.step == STEPS
     died, recovered = watcher.incidents
-    assert (died["kind"], died["rank"], died["phase"]) == ("died", rank, "step")
+    assert (died["kind"], died["rank"]) == ("died", rank)
     assert died["committed_step"] == 4 and died["decision"] == "restart"
     assert f"rank {rank} (process " in died["message"]
     # Measured 0.03 s. Two seconds leave room for a busy machine and are far below any timeout that could also notice.
@@ -109,32 +111,26 @@ def test_a_frozen_worker_is_named_and_replaced(run, tmp_path):
     assert 2.0 < silent["time"] - fault_time(tmp_path) < 6.0
 
 
-def test_a_fault_that_stays_is_given_up_with_the_rank_and_the_reason(run):
-    result, watcher = run(fault={"kind": "kill", "rank": 1, "step": 2, "always": True}, max_failures=1)
-    assert result.state is State.FAILED
-    assert isinstance(result.error, WorkerFailed)
-    assert "rank 1" in str(result.error) and "max_failures=1" in str(result.error)
-    assert [i["kind"] for i in watcher.incidents] == ["died", "recovered", "died"]
-
-
 def test_a_refusal_inside_a_worker_arrives_as_it_was_raised_and_is_not_retried(run, capfd):
     result, watcher = run(fault={"kind": "refuse", "rank": 1, "step": 1})
     assert type(result.error) is CorruptData and result.error.exit_code == 2
     assert str(result.error) == "tokens-00003.bin does not match its digest; run `longtrain prepare` again"
     assert [i["kind"] for i in watcher.incidents] == ["refused"]
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_an_error_of_longtrain_keeps_its_class(run):
-    result, _ = run(fault={"kind": "own error", "rank": 0, "step": 1}, max_failures=0)
-    assert type(result.error) is LongtrainError and str(result.error) == "the disk is full; free some space"
+    # The place was given back and nothing of a rank leaked into the driver.
+    deadline = time.monotonic() + 10
+    while ray.available_resources().get("CPU") != 4.0 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert ray.available_resources().get("CPU") == 4.0 and "MASTER_PORT" not in os.environ
 
 
 def test_a_foreign_exception_is_shown_once_with_the_workers_traceback(run, capfd):
     result, _ = run(fault={"kind": "raise", "rank": 1, "step": 1}, max_failures=0)
+    assert isinstance(result.error, WorkerFailed)
     assert "rank 1" in str(result.error) and "ValueError: three is not a number" in str(result.error)
+    assert "max_failures=0" in str(result.error)
     shown = capfd.readouterr().err
-    assert shown.count("Traceback") == 1 and shown.count("three is not a number of tokens") == 1
+    assert shown.count("Traceback") == 1 and shown.count("ValueError: three is not a number of tokens") == 1
     assert "cluster_targets.py" in shown and "ray::" not in shown
 
 
@@ -157,13 +153,3 @@ def test_resources_that_the_cluster_lacks_are_refused_with_numbers(run):
     result, _ = run(workers=64, start_timeout_seconds=1.0)
     assert isinstance(result.error, Refused)
     assert "64 workers need CPU 64 in all; the cluster has free: CPU 4 of 4" in str(result.error)
-
-
-def test_the_place_is_given_back(run, address):
-    before = ray.available_resources().get("CPU")
-    run(fault={"kind": "refuse", "rank": 0, "step": 0})
-    deadline = time.monotonic() + 10
-    while ray.available_resources().get("CPU") != before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert ray.available_resources().get("CPU") == before == 4.0
-    assert os.environ.get("MASTER_PORT") is None  # nothing of a rank leaks into the driver

@@ -25,6 +25,7 @@ _QUIET = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
+    "RAY_kill_worker_timeout_milliseconds": "500",
     "OMP_NUM_THREADS": "1",
 }
 

@@ -1,5 +1,6 @@
 """The command line's dispatch, its one-line errors and exit codes. What commands run is replaced; resolving is not."""
 
+import re
 import subprocess
 import sys
 import time
@@ -82,7 +83,11 @@ def test_submit_validates_first_and_sends_the_same_overrides(monkeypatch: pytest
     assert submit.calls == []
     assert main(["submit", *TOYS, "--address", "http://there:8265", "steps=3"]) == 0
     assert main(["submit", "--no-follow", *TOYS]) == 0
-    assert submit.calls == [([*TOYS, "steps=3"], "http://there:8265", True), (TOYS, None, False)]
+    first, second = submit.calls
+    assert first[:3] == ([*TOYS, "steps=3"], "http://there:8265", True)
+    assert second[:3] == (TOYS, None, False)
+    # The job gets the name that the run has here, so that the same command is the same run.
+    assert all(re.fullmatch(r"toy_model-\w+-[0-9a-f]{6}", name) for *_, name in (first, second))
 
 
 @pytest.mark.parametrize(
