@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Self
@@ -17,6 +18,8 @@ from longtrain.telemetry.events import CheckpointDone, Event, Started, StepDone,
 
 _BAR_FROM_COLUMNS = 110  # below, the numbers alone fill the line
 _REFRESHES_PER_SECOND = 4
+_MEAN_STEPS = 20
+"""The loss of one step is that of the few documents it holds; the summary gives the mean of the last steps."""
 
 
 class Progress:
@@ -37,6 +40,7 @@ class Progress:
         self._started: Started | None = None
         self._first: StepDone | None = None
         self._last: StepDone | None = None
+        self._losses: deque[float] = deque(maxlen=_MEAN_STEPS)
         self._pace: tuple[int, float] | None = None
         """Step and time from which the pace of this attempt is measured: its first step, which is slow, is left out."""
         self._saved: tuple[int, float | None] | None = None
@@ -60,18 +64,19 @@ class Progress:
             self._live.refresh()
 
     def close(self) -> None:
-        """End the live line and print first and last loss against the unigram entropy, tokens and time."""
+        """End the live line and print the first loss and the last ones against the unigram entropy, tokens and time."""
         if self._live is not None:
             self._live.stop()
             self._live = None
         if self._started is None or self._first is None or self._last is None:
             return
         first, last, entropy = self._first, self._last, self._started.unigram_entropy
+        mean, steps = sum(self._losses) / len(self._losses), len(self._losses)
         done = "done" if last.step >= self._started.total_steps else "stopped; the same command goes on"
         self._print(f"step {last.step} of {self._started.total_steps}: {done}")
         self._print(
             f"loss: {first.loss:.4f} nats/token ({_bits(first.loss)}) at step {first.step}, "
-            f"{last.loss:.4f} nats/token ({_bits(last.loss)}) at step {last.step}"
+            f"{mean:.4f} nats/token ({_bits(mean)}) over the last {steps} steps"
         )
         self._print(f"unigram entropy of the data: {entropy:.4f} nats/token ({_bits(entropy)})")
         elapsed = _duration(self._clock() - self._begun)
@@ -107,6 +112,7 @@ class Progress:
         now = self._clock()
         self._first = self._first or event
         self._last = event
+        self._losses.append(event.loss)
         if self._pace is None:
             self._pace = (event.step, now)
         last = self._started is not None and event.step >= self._started.total_steps

@@ -47,12 +47,16 @@ def algorithms(scan: str, attend: str) -> Algorithms:
 
 
 def run_in_chunks(
-    forward: Callable[[slice, ShardedSequence], Tensor], layout: SequenceLayout, group: Group, chosen: Algorithms
+    forward: Callable[[slice, ShardedSequence], Tensor],
+    layout: SequenceLayout,
+    group: Group,
+    chosen: Algorithms,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Apply `forward` chunk after chunk with the carries handed on; outputs [B, L, D] and the tokens they belong to."""
     outputs, index, carries, at = [], [], None, 0
     for chunk in range(layout.num_chunks):
-        shard = Shard(layout, group, torch.device("cpu"), chunk)
+        shard = Shard(layout, group, torch.device(device), chunk)
         handle = ShardedSequence(shard, chosen, carries)
         begin, end = shard.span
         outputs.append(forward(slice(begin, end), handle))
@@ -67,7 +71,13 @@ def relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def model_error(
-    pattern: tuple[str, ...], length: int, packed: bool, scan: str, attend: str, chunk_tokens: int | None
+    pattern: tuple[str, ...],
+    length: int,
+    packed: bool,
+    scan: str,
+    attend: str,
+    chunk_tokens: int | None,
+    device: str = "cpu",
 ) -> float:
     """Largest relative error of the outputs and parameter gradients of a model on this rank."""
     config = ModelConfig(
@@ -79,13 +89,13 @@ def model_error(
         norm_epsilon=1e-6,
         initializer_std=0.5,
     )
-    model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry()).double()
+    model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry()).double().to(device)
     mesh = build_mesh(torch.distributed.get_world_size())
     edges = tuple(SequenceLayout(length, mesh.sequence.size, ((0,),)).span(r, 0)[0] for r in range(mesh.sequence.size))
     starts = awkward_starts(length, edges) if packed and length > 2 else ((0,), (0,))
     torch.manual_seed(length)
-    tokens = torch.randint(VOCABULARY, (2, length))
-    cotangent = torch.randn(2, length, 12, dtype=torch.float64)
+    tokens = torch.randint(VOCABULARY, (2, length)).to(device)
+    cotangent = torch.randn(2, length, 12, dtype=torch.float64).to(device)
 
     def forward(part: slice, handle: ShardedSequence) -> Tensor:
         return model(tokens[:, part], handle)
@@ -94,10 +104,10 @@ def model_error(
         return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
 
     alone = SequenceLayout(length, 1, starts)
-    exact, _ = run_in_chunks(forward, alone, Group(0, 1), algorithms("local", "local"))
+    exact, _ = run_in_chunks(forward, alone, Group(0, 1), algorithms("local", "local"), device)
     exact_grads = gradients((exact * cotangent).sum())
     layout = SequenceLayout(length, mesh.sequence.size, starts, chunk_tokens)
-    output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(scan, attend))
+    output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(scan, attend), device)
     grads = gradients((output * cotangent[:, index]).sum())
     errors = [relative_error(output, exact[:, index])]
     errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, exact_grads, strict=True)]

@@ -73,11 +73,12 @@ def test_checkpoints_and_warnings_in_a_log_are_whole_lines() -> None:
 
 def test_summary_compares_with_the_unigram_entropy() -> None:
     screen = Screen(terminal=False)
-    screen.show(STARTED, step(1, loss=5.545177444479562), step(40, loss=2.772588722239781))
+    screen.show(STARTED, step(1, loss=5.545177444479562), step(2, loss=100.0))
+    screen.show(*(step(n, loss=2.772588722239781 + (-1) ** n) for n in range(21, 41)))
     screen.now += 100
     assert screen.close() == [
         "step 40 of 40: done",
-        "loss: 5.5452 nats/token (8.000 bits/token) at step 1, 2.7726 nats/token (4.000 bits/token) at step 40",
+        "loss: 5.5452 nats/token (8.000 bits/token) at step 1, 2.7726 nats/token (4.000 bits/token) over the last 20 steps",
         "unigram entropy of the data: 3.2000 nats/token (4.617 bits/token)",
         "163,840 tokens since the start of training; this command took 0:01:40",
     ]
