@@ -26,6 +26,8 @@ at about the same time as Ray reports the death (13 to 28 ms)."""
 
 
 class State(Enum):
+    """Where a run is; the module's docstring draws the transitions."""
+
     PLACING = auto()
     STARTING = auto()
     RUNNING = auto()
@@ -109,9 +111,13 @@ class WorkerGroup(Protocol):
 class Observer(Protocol):
     """Who follows a run from the driver."""
 
-    def event(self, event: Any) -> None: ...
+    def event(self, event: Any) -> None:
+        """What rank 0 told."""
+        ...
 
-    def incident(self, kind: str, message: str, **details: Any) -> None: ...
+    def incident(self, kind: str, message: str, **details: Any) -> None:
+        """A failure (`kind` is its `Fault`) with rank, step and decision, or `recovered`."""
+        ...
 
     def committed_step(self) -> int | None:
         """Newest committed checkpoint that an event told of."""
@@ -120,12 +126,16 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
+    """`cluster.start_timeout_seconds` and `cluster.heartbeat_timeout_seconds`."""
+
     start_timeout_seconds: float
     heartbeat_timeout_seconds: float
 
 
 @dataclass(frozen=True)
 class Result:
+    """How a run ended."""
+
     state: State
     outcome: Done | None = None
     error: LongtrainError | None = None

@@ -66,6 +66,7 @@ class RayWorkerGroup:
         return f"{self.size} workers need {total} in all; the cluster has free: {', '.join(parts)}; use fewer workers"
 
     def start(self, attempt: int) -> None:
+        assert self._placement is not None, "start follows place"
         self._attempt = attempt
         self._open_mailbox()
         self._pending[self._mailbox.open.remote(attempt)] = (_Call.OPEN, 0)
