@@ -93,17 +93,21 @@ class _RankListener:
 
 
 def _run_as_rank(config: JobConfig, work: Work, directory: Path) -> int:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
+    set_by_launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in set_by_launcher if name not in os.environ]
+    if 0 < len(missing) < len(set_by_launcher):
         raise Refused(f"cluster.address=env, but {missing[0]} is not set; start with torchrun, or use local")
-    ranks, expected = int(os.environ["WORLD_SIZE"]), num_workers(config)
+    # Without a launcher this process is the only rank.
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    expected = num_workers(config)
     if ranks != expected:
         raise Refused(
-            f"WORLD_SIZE={ranks}, but the configuration asks for {expected} ranks; set cluster.workers={ranks}"
+            f"cluster.address=env: {ranks} {'rank was' if ranks == 1 else 'ranks were'} started, but the configuration "
+            f"asks for {expected}; start {expected} with torchrun, or set sequence_parallel.size and cluster.workers"
         )
     run_rank = named(work.target)
     with listening(StopSignals()) as signals:
-        if os.environ["RANK"] != "0":
+        if rank != 0:
             outcome = run_rank(work.tree, work.plugins, _RankListener(lambda event: None, signals))
         else:
             with Progress() as progress, closing(_tracker(config, work, directory, progress)) as tracker:

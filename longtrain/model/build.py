@@ -11,6 +11,7 @@ from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.config import ModelConfig, parse_pattern
 from longtrain.model.model import Model
+from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
@@ -40,9 +41,10 @@ def sequence_maker(
 
     A group of one rank uses the local algorithms. Raises Refused for an algorithm that does not exist.
     """
-    scan, attend = ("local", "local") if group.size == 1 else (config.scan, config.attend)
     algorithms = Algorithms(
-        scan=registry.load("sequence_parallel.scan", scan, ("scan",)).scan,
-        attend=registry.load("sequence_parallel.attend", attend, ("attend",)).attend,
+        scan=registry.load("sequence_parallel.scan", config.scan, ("scan",)).scan,
+        attend=registry.load("sequence_parallel.attend", config.attend, ("attend",)).attend,
     )
+    if group.size == 1:
+        algorithms = Algorithms(scan=local.scan, attend=local.attend)
     return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms)

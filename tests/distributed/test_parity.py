@@ -19,6 +19,7 @@ from longtrain.core.registry import Registry
 from longtrain.mixers import gated_delta, simple_gla, sliding_window, softmax
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
+from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.diagonal_scan import DiagonalScan
@@ -36,6 +37,9 @@ MIXERS = {
 PATTERNS = [*((name,) for name in MIXERS), ("simple_gla", "softmax", "gated_delta", "sliding_window")]
 SCANS = ("all_gather",)
 ATTENDS = ("ring", "all_gather")
+
+
+LOCAL = Algorithms(scan=local.scan, attend=local.attend)
 
 
 def algorithms(scan: str, attend: str) -> Algorithms:
@@ -104,7 +108,7 @@ def model_error(
         return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
 
     alone = SequenceLayout(length, 1, starts)
-    exact, _ = run_in_chunks(forward, alone, Group(0, 1), algorithms("local", "local"), device)
+    exact, _ = run_in_chunks(forward, alone, Group(0, 1), LOCAL, device)
     exact_grads = gradients((exact * cotangent).sum())
     layout = SequenceLayout(length, mesh.sequence.size, starts, chunk_tokens)
     output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(scan, attend), device)
@@ -147,16 +151,16 @@ def op_error(length: int, packed: bool) -> float:
     cotangent = torch.randn(2, length, 3, 5, dtype=torch.float64)
     starts = awkward_starts(length, (length // 2,)) if packed else ((0,), (0,))
 
-    def run(group: Group, scan: str) -> tuple[Tensor, list[Tensor], slice]:
+    def run(group: Group, chosen: Algorithms) -> tuple[Tensor, list[Tensor], slice]:
         shard = Shard(SequenceLayout(length, group.size, starts), group, torch.device("cpu"))
         part = slice(*shard.span)
         leaves = [t[:, part].clone().requires_grad_() for t in whole]
         op: Recurrence = DiagonalScan(*leaves)
-        output = ShardedSequence(shard, algorithms(scan, "local")).scan(op)
+        output = ShardedSequence(shard, chosen).scan(op)
         return output, list(torch.autograd.grad(output, leaves, cotangent[:, part])), part
 
-    exact, exact_grads, _ = run(Group(0, 1), "local")
-    output, grads, part = run(mesh.sequence, "all_gather")
+    exact, exact_grads, _ = run(Group(0, 1), LOCAL)
+    output, grads, part = run(mesh.sequence, algorithms("all_gather", "ring"))
     pairs: list[tuple[Any, Any]] = [(output, exact), *zip(grads, exact_grads, strict=True)]
     return max(relative_error(got, want[:, part]) for got, want in pairs)
 

@@ -58,7 +58,7 @@ def test_a_damaged_token_store(tmp_path: Path) -> None:
 
 def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
     command = ("train", *SMALL, *ALONE, "checkpoint.every_steps=2")
-    succeed(tmp_path, *command, "steps=4", "run.name=run")
+    succeed(tmp_path, *command, "steps=4")
     limit = 64 * 1024  # less than a checkpoint, more than any other file of a run
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}));"
@@ -66,7 +66,7 @@ def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
     )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path.parent / "cache")}
     full = subprocess.run(
-        [sys.executable, "-c", code, *command, "steps=8", "run.name=run"],
+        [sys.executable, "-c", code, *command, "steps=8"],
         cwd=tmp_path,
         env=environment,
         text=True,
@@ -83,7 +83,7 @@ def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
     found = CheckpointStore(folder, keep=3).newest()
     assert found is not None
     assert found.step == 4
-    succeed(tmp_path, *command, "steps=8", "run.name=run")
+    succeed(tmp_path, *command, "steps=8")
     assert run(tmp_path, "checkpoint", "verify", "runs/run")[0] == 0
 
 

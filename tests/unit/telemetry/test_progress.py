@@ -78,7 +78,8 @@ def test_summary_compares_with_the_unigram_entropy() -> None:
     screen.now += 100
     assert screen.close() == [
         "step 40 of 40: done",
-        "loss: 5.5452 nats/token (8.000 bits/token) at step 1, 2.7726 nats/token (4.000 bits/token) over the last 20 steps",
+        "loss: 5.5452 nats/token (8.000 bits/token) at step 1, "
+        "2.7726 nats/token (4.000 bits/token) over the last 20 steps",
         "unigram entropy of the data: 3.2000 nats/token (4.617 bits/token)",
         "163,840 tokens since the start of training; this command took 0:01:40",
     ]

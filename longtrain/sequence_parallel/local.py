@@ -1,10 +1,16 @@
-"""One rank: attention to all keys so far."""
+"""One rank: nothing to exchange. Not a choice beside the others, since with several ranks it would be wrong."""
 
 from torch import Tensor
 
+from longtrain.core.contracts import Recurrence
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.block_attention import attention
+
+
+def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, L, H, V] and the state after the chunk, which is the carry."""
+    return op.apply(shard.segment_documents, carry)
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
