@@ -13,10 +13,14 @@ from longtrain.core.registry import Registry
 from tests.architecture.sources import CONF, ROOT, place
 
 # Group of conf/ -> kind of component. The other groups configure one fixed dataclass.
-GROUPS = {"data": "data.sources", "mixer": "mixers", "objective": "objectives"}
+GROUPS = {
+    "cluster/failure_policy": "cluster.policies",
+    "data": "data.sources",
+    "mixer": "mixers",
+    "objective": "objectives",
+}
 # (group, key) whose value names a component inside another group's YAML.
 CHOICES = {
-    ("cluster", "failure_policy"): "cluster.policies",
     ("sequence_parallel", "attend"): "sequence_parallel.attend",
     ("sequence_parallel", "scan"): "sequence_parallel.scan",
 }
@@ -27,12 +31,16 @@ def load(path: Path) -> dict[str, Any]:
     """What a YAML file sets in its own group, on top of the files of the group that its defaults list names."""
     text = path.read_text()
     tree = yaml.safe_load(text) or {}
-    bases = [entry for entry in tree.pop("defaults", []) if isinstance(entry, str) and entry != "_self_"]
+    defaults = tree.pop("defaults", [])
+    bases = [entry for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    groups = {key: value for entry in defaults if isinstance(entry, dict) for key, value in entry.items()}
     if "@package _global_" in text:
         tree = tree.get(path.parent.name, {})
     merged: dict[str, Any] = {}
     for base in bases:
         merged |= load(path.with_name(f"{base}.yaml"))
+    for group, option in groups.items():
+        merged[group] = load(path.parent / group / f"{option}.yaml")
     return merged | tree
 
 
@@ -96,6 +104,6 @@ def test_yaml_of_the_rest_has_every_field_of_the_root() -> None:
 
 def test_no_yaml_file_is_outside_a_group_that_something_reads() -> None:
     known = {field.name for field in dataclasses.fields(JobConfig)} | {"experiment"}
-    assert {path.parent.name for path in CONF.glob("*/**/*.yaml")} <= known
+    assert {path.relative_to(CONF).parts[0] for path in CONF.glob("*/**/*.yaml")} <= known
     assert [path.name for path in CONF.glob("*.yaml")] == ["train.yaml"]
     assert (ROOT / "conf" / "__init__.py").is_file()

@@ -17,9 +17,9 @@ class Config:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: Literal["restart"]
-    max_failures_without_progress: Annotated[int, Field(ge=1)] = 3
+    max_failures_without_progress: Annotated[int, Field(ge=1)]
     """Failures in a row at the same committed step before the run is given up: it would fail there for ever."""
-    delay_seconds: Annotated[float, Field(ge=0)] = 1.0
+    delay_seconds: Annotated[float, Field(ge=0)]
     """Pause before the second restart without progress; it doubles with each further one. The first is immediate."""
 
 

@@ -12,7 +12,7 @@ def failure(committed_step, fault=Fault.DIED, error=None):
 
 
 def policy(max_failures=3):
-    return Policy(Config(name="restart"), max_failures)
+    return Policy(Config(name="restart", max_failures_without_progress=3, delay_seconds=1.0), max_failures)
 
 
 def test_the_first_failure_restarts_at_once():
