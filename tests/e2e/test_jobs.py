@@ -10,6 +10,8 @@ import pytest
 from longtrain.cluster import jobs
 from longtrain.cluster.job_server import connect
 from longtrain.core.errors import Refused
+from longtrain.telemetry.records import check_ledger
+from tests.harness.cli import SMALL
 from tests.harness.ray_head import RayHead
 
 STAND_IN = ("python", "-m", "tests.e2e.stand_in_job")
@@ -61,13 +63,23 @@ def test_a_stopped_job_may_save_and_goes_on_when_it_is_submitted_again(submit, r
     assert jobs.stop("resumed", ray_head.jobs) == 0  # nothing is left to stop
 
 
-def test_a_training_runs_beside_the_cluster(ray_head, tmp_path, capsys):
-    overrides = [f"run.dir={tmp_path}", "steps=4", "context_length=256", "checkpoint.every_steps=2"]
+def test_a_training_is_stopped_and_resumed_beside_the_cluster(ray_head, tmp_path, capsys):
+    overrides = [*SMALL[:-1], f"run.dir={tmp_path}", "steps=60", "checkpoint.every_steps=20"]
+    run = tmp_path / "trained"
+    assert jobs.submit(overrides, ray_head.jobs, False, "trained") == 0
+    metrics = run / "metrics.jsonl"
+    until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
+    assert jobs.stop("trained", ray_head.jobs) == 0
+    saved = [int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")]
+    assert saved, "a stopped training saves"
+    assert check_ledger(run / "ledger.jsonl", last_step=max(saved)) == []
+    capsys.readouterr()
     assert jobs.submit(overrides, ray_head.jobs, True, "trained") == 0
-    assert "step 4 of 4: done" in capsys.readouterr().out
-    assert (tmp_path / "trained" / "checkpoints" / "step-00000004").is_dir()
-    assert len((tmp_path / "trained" / "ledger.jsonl").read_text().splitlines()) == 4
-    assert ray_head.token not in (tmp_path / "trained" / "config.yaml").read_text()
+    shown = capsys.readouterr().out
+    assert f"step {max(saved)} of 60 is done" in shown
+    assert "step 60 of 60: done" in shown
+    assert check_ledger(run / "ledger.jsonl", last_step=60) == []
+    assert ray_head.token not in (run / "config.yaml").read_text()
 
 
 def test_an_unknown_job_is_refused_with_the_nearest(ray_head):
