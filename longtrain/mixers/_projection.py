@@ -43,4 +43,5 @@ class GatedOutput(nn.Module):
 
     def forward(self, mixed: Tensor, x: Tensor) -> Tensor:
         """See the class."""
-        return self.output(self.norm(mixed).flatten(2) * F.silu(self.gate(x)))
+        normed = self.norm(mixed.to(self.norm.weight.dtype)).flatten(2)
+        return self.output(normed * F.silu(self.gate(x)))

@@ -1,9 +1,11 @@
 """The `Sequence` handle that mixers see, over the algorithms that were chosen."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longtrain.core.contracts import Recurrence
@@ -41,18 +43,24 @@ class ShardedSequence:
 
     def scan(self, op: Recurrence) -> Tensor:
         """See `core.contracts.Sequence.scan`."""
-        return self._keep(*self.algorithms.scan(op, self.shard, self._carry()))
+        with self._exact():
+            return self._keep(*self.algorithms.scan(op, self.shard, self._carry()))
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
     ) -> Tensor:
         """See `core.contracts.Sequence.attend`."""
         call = AttendCall(q, k, v, window, q.shape[-1] ** -0.5 if scale is None else scale)
-        return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
+        with self._exact():
+            return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
 
     def halo(self, x: Tensor, width: int) -> Tensor:
         """See `core.contracts.Sequence.halo`."""
         return self._keep(*halo(x, width, self.shard, self._carry()))
+
+    def _exact(self) -> AbstractContextManager[object]:
+        """Autocast off: it would turn the float32 products of states and partial outputs into bfloat16."""
+        return torch.autocast(self.shard.device.type, enabled=False)
 
     def _carry(self) -> Any:
         return None if self.carries_in is None else self.carries_in[len(self.carries_out)]
