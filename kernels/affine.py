@@ -15,18 +15,19 @@ class Segment:
     """A segment that was run from the zero state, with what is needed to add a carry afterwards."""
 
     output: Tensor
-    """[B, L, H, V], from the zero state."""
+    """[B, L, H, V], from the zero state, as wide as the state: the carry's share is still to be added."""
     readout: Tensor
     """[B, L, H, K]: M_t^T q_t with M_t the product of the transitions up to t; zero behind a document boundary."""
     transition: Tensor
     """M of the whole segment; zero where the segment contains a document boundary."""
     state: Tensor
     """[B, H, K, V]: B, the final state from the zero state."""
+    dtype: torch.dtype
+    """Of the values, and so of the finished output."""
 
     def correct(self, state: Tensor) -> Tensor:
-        """The output for the incoming state [B, H, K, V], by linearity: o_t + S_in^T M_t^T q_t."""
-        carried = torch.einsum("blhk,bhkv->blhv", self.readout.to(state.dtype), state)
-        return self.output + carried.to(self.output.dtype)
+        """The output for the incoming state [B, H, K, V], by linearity: o_t + S_in^T M_t^T q_t; in `dtype`."""
+        return (self.output + torch.einsum("blhk,bhkv->blhv", self.readout, state)).to(self.dtype)
 
 
 def advance(transition: Tensor, state: Tensor) -> Tensor:

@@ -105,8 +105,8 @@ def diagonal_segment_chunked(
     """`DiagonalScan.summarize`."""
     chunks = _chunk(queries, keys, values, log_decay, documents)
     before, final = _states(chunks, None)
-    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1]).to(values.dtype)
+    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
     products = torch.cumprod(chunks.transitions, dim=1)
     entering = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=1)
     readout = _merge(chunks.queries_in * entering.unsqueeze(-2), values.shape[1])
-    return Segment(output=output, readout=readout, transition=products[:, -1], state=final)
+    return Segment(output=output, readout=readout, transition=products[:, -1], state=final, dtype=values.dtype)

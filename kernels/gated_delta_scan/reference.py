@@ -56,4 +56,4 @@ def gated_delta_segment_reference(
     output, final = gated_delta_reference(queries, keys, extended, log_decay, beta, documents, start)
     sizes = [values.shape[-1], width]
     (output, readout), (state, transition) = output.split(sizes, -1), final.split(sizes, -1)
-    return Segment(output=output.to(values.dtype), readout=readout, transition=transition, state=state)
+    return Segment(output=output, readout=readout, transition=transition, state=state, dtype=values.dtype)

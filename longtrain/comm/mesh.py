@@ -76,7 +76,6 @@ def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
     dist.init_process_group(
         backend, init_method="env://", timeout=timeout, device_id=device if device.type == "cuda" else None
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    # Not after an error: peers may still wait in a collective, and leaving waits for them; the process ends instead.
+    dist.destroy_process_group()

@@ -93,17 +93,20 @@ class ReplicatedEngine:
             if saved is None or saved.shape != parameter.shape or saved.dtype != parameter.dtype:
                 found = "nothing" if saved is None else f"{saved.dtype} {list(saved.shape)}"
                 raise ValueError(f"{name}: model has {parameter.dtype} {list(parameter.shape)}, checkpoint has {found}")
-        unknown = {n for n in tensors if n.startswith("model.")} - {f"model.{name}" for name in self._parameters}
+        moments = ("step", "exp_avg", "exp_avg_sq")
+        known = {f"optimizer.{m}.{name}" for m in moments for name in self._parameters}
+        unknown = tensors.keys() - known - {f"model.{name}" for name in self._parameters}
         if unknown:
-            raise ValueError(f"{min(unknown)[6:]}: the checkpoint has it, the model does not")
+            raise ValueError(f"{min(unknown)}: the checkpoint has it, the model does not")
+        missing = known - tensors.keys()
+        if missing:
+            raise ValueError(f"{min(missing)}: the optimizer needs it, the checkpoint does not have it")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-                moments = {m: tensors.get(f"optimizer.{m}.{name}") for m in ("step", "exp_avg", "exp_avg_sq")}
+                saved = {m: tensors[f"optimizer.{m}.{name}"] for m in moments}
                 self._optimizer.state[parameter] = {
-                    m: t.clone() if m == "step" else t.to(parameter.device, copy=True)
-                    for m, t in moments.items()
-                    if t is not None
+                    m: t.clone() if m == "step" else t.to(parameter.device, copy=True) for m, t in saved.items()
                 }
 
 

@@ -65,6 +65,13 @@ class RunRecords:
         """Append the steps of a checkpoint, after it was committed; durable on return."""
         self._append(LEDGER, *map(asdict, lines), durable=True)
 
+    def committed_steps(self) -> int:
+        """The last step in the ledger, 0 where there is none; a torn last line does not count."""
+        data = b"".join(line + b"\n" for line in _lines(self._directory / LEDGER))
+        end = _end_of(data, None)
+        begin = data.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        return int(json.loads(data[begin:end])["step"]) if end else 0
+
     def incident(self, kind: str, message: str, **details: Any) -> None:
         """Append to `incidents.jsonl`: a worker that died, a checkpoint that was passed over, a restart."""
         self._append(INCIDENTS, {"time": self._clock(), "kind": kind, "message": message, "details": details})

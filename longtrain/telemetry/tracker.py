@@ -12,7 +12,8 @@ from longtrain.telemetry.events import Event, StepDone, Warned
 
 _LOGIN_SECONDS = 30.0
 _FINISH_SECONDS = 60.0
-_SECRET_WORDS = {"key", "apikey", "token", "secret", "password", "passwd", "credential", "credentials", "auth"}
+_SECRET_WORDS = {"apikey", "token", "secret", "password", "passwd", "credential", "credentials", "auth"}
+_SECRET_KEY = re.compile(r"(^|_)(api|access|private|secret|auth|ssh)_?key($|_)")  # `key_dim` is none
 _URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _HIDDEN = "***"
 
@@ -90,7 +91,8 @@ def hide_secrets(value: Any, name: str = "") -> Any:
     """A copy of a configuration tree with `***` for values whose name says secret and for credentials in URLs."""
     if isinstance(value, Mapping):
         return {key: hide_secrets(item, str(key)) for key, item in value.items()}
-    if value is not None and _SECRET_WORDS & set(re.split(r"[^a-z0-9]+", name.lower())):
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    if value is not None and (_SECRET_WORDS & set(plain.split("_")) or _SECRET_KEY.search(plain)):
         return _HIDDEN
     if isinstance(value, list | tuple):
         return [hide_secrets(item, name) for item in value]

@@ -27,6 +27,9 @@ class RunConfig:
     dir: Path
 
 
+RESUME_WORDS = ("auto", "never", "required")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Root of the resolved configuration below `cluster`; `conf/train.yaml`."""
@@ -50,8 +53,8 @@ class TrainingConfig:
     engine: EngineConfig
     checkpoint: CheckpointConfig
     resume: str
-    """`auto`: go on from the newest usable checkpoint of the run directory; `never`: refuse if there is one;
-    a path: start from that checkpoint when the run directory has none."""
+    """`auto`: go on from the newest usable checkpoint of the run directory, or start; `never`: refuse if there is one;
+    `required`: refuse if there is none; a path with a slash: start from that checkpoint where the run has none yet."""
     telemetry: TelemetryConfig
     plugins: tuple[Path, ...]
     """Folders laid out like the project that add components."""

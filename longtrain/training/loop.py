@@ -62,7 +62,8 @@ class Loop:
     records: RunRecords | None
     """Of the writer; None on the other ranks."""
     listener: Listener
-    corpus_digest: str
+    identity: dict[str, Any]
+    """What a checkpoint has to agree with, see `resume.identity`."""
     attempt: int
     """Which start of the workers this is, counted from 0."""
     ledger: list[LedgerLine] = field(default_factory=list)
@@ -146,8 +147,7 @@ class Loop:
         begun = time.perf_counter()
         metadata = {
             "tokens": tokens,
-            "seed": self.config.seed,
-            "corpus": self.corpus_digest,
+            "identity": self.identity,
             "attempt": self.attempt,
             "ledger": [asdict(line) for line in self.ledger],
         }

@@ -22,7 +22,7 @@ from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop, Progressed
-from longtrain.training.resume import resume
+from longtrain.training.resume import identity, resume
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
@@ -86,7 +86,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 store=store,
                 records=records,
                 listener=listener,
-                corpus_digest=corpus.digest,
+                identity=identity(config, corpus),
                 attempt=start.attempt,
             )
             end: Progressed = loop.run(start.step, start.tokens)

@@ -1,17 +1,18 @@
 """Where a run goes on: the newest usable checkpoint, checked against what is to be trained."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longtrain.checkpoint.ranks import decide
 from longtrain.checkpoint.store import CheckpointStore, Found
-from longtrain.core.errors import Refused
+from longtrain.core.errors import CorruptCheckpoint, Refused
 from longtrain.data.corpus import Corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.telemetry.events import Event, Warned
 from longtrain.telemetry.records import LedgerLine, RunRecords
-from longtrain.training.config import TrainingConfig
+from longtrain.training.config import RESUME_WORDS, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class Start:
     """The checkpoint, or None at step 0."""
 
 
+def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from: the model, its mixers, the seed and the data.
+
+    Shapes alone do not tell: another window or rotary base fits the same tensors.
+    """
+    return {
+        "seed": config.seed,
+        "data": corpus.digest,
+        "model": _plain(asdict(config.model)),
+        "mixer": {name: _plain(asdict(mixer)) for name, mixer in config.mixer.items()},
+    }
+
+
 def resume(
     config: TrainingConfig,
     store: CheckpointStore,
@@ -36,17 +50,23 @@ def resume(
 ) -> Start:
     """Load what `config.resume` names into the engine, on every rank; make the records agree with it on the writer.
 
-    Raises CorruptCheckpoint where checkpoints exist but none is usable: a run never starts again by itself. Raises
-    Refused where the checkpoint is of other data or of another model.
+    Raises CorruptCheckpoint where the run has committed steps but no usable checkpoint: it never starts again by
+    itself. Raises Refused where the checkpoint is of other data or of another model.
     """
     found = store.newest()
+    committed = decide(lambda: records.committed_steps() if records is not None else 0)
     if found is not None and config.resume == "never":
         raise Refused(
             f"resume=never, but {found.path} exists; choose another run.name, or resume=auto to go on from it"
         )
+    if found is None and committed:
+        raise CorruptCheckpoint(
+            f"run {config.run.name} has {committed} committed steps in its ledger, but no checkpoint; "
+            "restore one, or choose another run.name"
+        )
     if found is None and config.resume == "required":
         raise Refused("there is no checkpoint to go on from; check run.name and run.dir, or train from the start")
-    initial = found is None and config.resume not in ("auto", "never", "required")
+    initial = found is None and config.resume not in RESUME_WORDS
     if initial:
         found = store.at(Path(config.resume))
     if found is None:
@@ -54,7 +74,7 @@ def resume(
             records.rewind(0, [])
         return Start(step=0, tokens=0, attempt=0, path=None)
     warnings = list(found.skipped)
-    _load(found, store, engine, corpus, config.seed)
+    _load(found, store, engine, identity(config, corpus))
     if records is not None:
         # Another run's steps are in that run's ledger.
         tail = [] if initial else [LedgerLine(**line) for line in found.metadata["ledger"]]
@@ -66,13 +86,27 @@ def resume(
     return Start(step=found.step, tokens=found.metadata["tokens"], attempt=attempt, path=str(found.path))
 
 
-def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, corpus: Corpus, seed: int) -> None:
-    metadata: dict[str, Any] = found.metadata
-    if metadata["corpus"] != corpus.digest:
-        raise Refused(f"{found.path} was trained on other data; use the data it was trained on, or another run.name")
-    if metadata["seed"] != seed:
-        raise Refused(f"seed={seed}, but {found.path} was trained with seed={metadata['seed']}; use that seed")
+def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted: dict[str, Any]) -> None:
+    for key, trained, asked in _differences(found.metadata["identity"], wanted):
+        if key == "data":
+            raise Refused(
+                f"{found.path} was trained on other data; use the data it was trained on, or another run.name"
+            )
+        raise Refused(f"{key}={asked}, but {found.path} was trained with {trained}; use that, or another run.name")
     try:
         engine.load_state(store.load(found.path))
     except ValueError as error:
         raise Refused(f"{found.path} is of another model: {error}; use the same model, or another run.name") from error
+
+
+def _differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """Leaves that differ, as (dotted key, trained with, asked for)."""
+    if isinstance(trained, dict) and isinstance(asked, dict):
+        names = sorted(trained.keys() | asked.keys())
+        return [d for n in names for d in _differences(trained.get(n), asked.get(n), f"{key}.{n}" if key else n)]
+    return [] if trained == asked else [(key, trained, asked)]
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}

@@ -1,5 +1,6 @@
 """Training as a whole: the same losses on any number of ranks, and the same bits after a stop and a resume."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +111,23 @@ def test_training_never_starts_again_when_all_checkpoints_are_corrupt(tmp_path: 
         train_rank(config)
 
 
+def test_training_never_starts_again_when_the_checkpoints_are_gone(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    train_rank(config)
+    ledger = (config.run.dir / "run" / "ledger.jsonl").read_bytes()
+    shutil.rmtree(config.run.dir / "run" / "checkpoints")
+    with pytest.raises(CorruptCheckpoint, match="2 committed steps in its ledger, but no checkpoint"):
+        train_rank(config)
+    assert (config.run.dir / "run" / "ledger.jsonl").read_bytes() == ledger
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"resume": "never"}, "resume=never, but"),
         ({"seed": 1}, "seed=1, but"),
-        ({"model": "wider"}, "is of another model"),
+        ({"model": "wider"}, r"model\.mlp_width=96, but .* was trained with 64"),
+        ({"mixer": "window"}, r"mixer\.sliding_window\.window=3, but .* was trained with 40"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
@@ -123,6 +135,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: dict[
     train_rank(config)
     if "model" in change:
         change = {"model": replace(config.model, mlp_width=96)}
+    if "mixer" in change:  # the same shapes
+        change = {"mixer": config.mixer | {"sliding_window": replace(config.mixer["sliding_window"], window=3)}}
     with pytest.raises(Refused, match=message):
         train_rank(replace(config, **change))
 

@@ -1,6 +1,7 @@
 """Attention by one all-gather of keys and values (LASP-2H: Sun et al. 2025, section 3.2; Llama 3, section 3.3.2).
 
 Simple, one exchange each way, and 2 T G (K + V) numbers of memory: for contexts whose keys and values fit on one rank.
+The cotangents of a rank's keys and values are summed over ranks in float32 before they return to it.
 """
 
 from typing import Any
@@ -8,35 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.comm.group import Group
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import Tokens, attention
+from longtrain_kernels.block_attention import Tokens, attention_backward, attention_forward
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    counts = shard.held_counts()
-    tokens = [shard.held_tokens(r) for r in range(shard.group.size)]
-    index = torch.cat([t.index for t in tokens])
-    order = index.argsort()
-    keys = Tokens(index=index[order], documents=torch.cat([t.documents for t in tokens], dim=1)[:, order])
-    gathered = _GatherRows.apply(torch.cat([k, v], dim=-1), counts, shard.group)[:, order]
-    k_all, v_all = gathered.split([k.shape[-1], v.shape[-1]], dim=-1)
-    return attention(call.q, k_all, v_all, shard.tokens, keys, call.window, call.scale), (k, v)
+    return _GatheredAttention.apply(call.q, k, v, shard, call.window, call.scale), (k, v)
 
 
-class _GatherRows(torch.autograd.Function):
-    """All-gather in dim 1; the cotangents of a rank's rows are summed over ranks, in float32, and returned to it."""
-
+class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int], group: Group) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        return torch.cat(group.all_gather_rows(x, counts), dim=1)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
+        keys, order = _all_tokens(shard)
+        widths = [k.shape[-1], v.shape[-1]]
+        gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.held_counts()), dim=1)
+        k_all, v_all = gathered[:, order].split(widths, dim=-1)
+        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, window, scale)
+        ctx.save_for_backward(q, k_all, v_all, output, lse, order)
+        ctx.shard, ctx.keys, ctx.window, ctx.scale = shard, keys, window, scale
+        return output.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        mine = ctx.group.reduce_scatter_rows(wide.split(ctx.counts, dim=1))
-        return mine.to(grad.dtype), None, None
+        q, k_all, v_all, output, lse, order = ctx.saved_tensors
+        delta = (grad.to(output.dtype) * output).sum(-1).mT
+        dq, dk, dv = attention_backward(
+            grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, ctx.window, ctx.scale
+        )
+        by_rank = torch.empty_like(order)
+        by_rank[order] = torch.arange(len(order), device=order.device)
+        sums = torch.cat([dk, dv], dim=-1)[:, by_rank].split(ctx.shard.held_counts(), dim=1)
+        dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
+        return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None, None
+
+
+def _all_tokens(shard: Shard) -> tuple[Tokens, Tensor]:
+    """The tokens of all ranks in ascending order, and the places where they are when gathered rank by rank."""
+    tokens = [shard.held_tokens(r) for r in range(shard.group.size)]
+    index = torch.cat([t.index for t in tokens])
+    order = index.argsort()
+    return Tokens(index[order], torch.cat([t.documents for t in tokens], dim=1)[:, order]), order

@@ -77,10 +77,13 @@ def test_the_gradient_is_clipped_to_its_norm() -> None:
 
 def test_another_model_is_refused_by_the_name_of_a_parameter() -> None:
     engine = make_engine(0)
+    step(engine, 0)
     saved = engine.state()
     with pytest.raises(ValueError, match=r"0\.weight.*nothing"):
         engine.load_state({n: t for n, t in saved.items() if n != "model.0.weight"})
     with pytest.raises(ValueError, match=r"extra.*the model does not"):
         engine.load_state({**saved, "model.extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"optimizer\.exp_avg\.0\.weight: the optimizer needs it"):
+        engine.load_state({n: t for n, t in saved.items() if n != "optimizer.exp_avg.0.weight"})
     with pytest.raises(ValueError, match=r"2\.bias: model has .*\[1\], checkpoint has .*\[2\]"):
         engine.load_state({**saved, "model.2.bias": torch.zeros(2)})
