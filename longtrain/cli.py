@@ -202,7 +202,13 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = resolve(arguments.overrides)  # a mistake is found here, before anything is sent
     from longtrain.cluster.jobs import submit
 
-    return submit(arguments.overrides, arguments.address, arguments.follow, str(job.config.run.name))
+    return submit(
+        arguments.overrides,
+        arguments.address,
+        arguments.follow,
+        str(job.config.run.name),
+        job.config.run.dir.absolute(),
+    )
 
 
 def _jobs(arguments: argparse.Namespace) -> int:

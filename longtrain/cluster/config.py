@@ -1,6 +1,7 @@
 """Where a run executes and what it survives."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
@@ -9,8 +10,9 @@ from longtrain.core.component import component
 from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry, did_you_mean
 from longtrain.model.config import parse_pattern
-from longtrain.training.config import TrainingConfig
+from longtrain.training.config import RESUME_WORDS, TrainingConfig
 
+ADDRESS_WORDS = ("local", "auto", "env")
 Seconds = Annotated[float, Field(gt=0)]
 
 
@@ -25,8 +27,9 @@ class ClusterConfig:
     rank of a job (torchrun) and reads RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
     workers: Annotated[int, Field(ge=1)] | None
     """Ranks in all, a multiple of `sequence_parallel.size`; null: one sequence-parallel group."""
-    resources: dict[str, float]
-    """Ray resources of one worker, such as `{CPU: 1, GPU: 1}`."""
+    resources: dict[str, float | None]
+    """Ray resources of one worker, such as `{CPU: 1, GPU: 1}`. Null: 1 where the cluster has one for every worker, else
+    none."""
     failure_policy: Annotated[Any, component("cluster.policies")]
     """What to do when a worker fails: a module of `cluster/policies/`."""
     max_failures: Annotated[int, Field(ge=0)]
@@ -64,6 +67,7 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             f"batch_size={config.batch_size} is not a multiple of {replicas} data-parallel ranks "
             f"(cluster.workers={workers} / sequence_parallel.size={size}); use {near}"
         )
+    _check_words(config)
     names = parse_pattern(config.model.pattern)
     pattern = f"model.pattern=[{', '.join(config.model.pattern)}]"
     if config.model.num_layers % len(names):
@@ -81,6 +85,18 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )
+
+
+def _check_words(config: JobConfig) -> None:
+    """`resume` and `cluster.address` are a word or a path, a word or an address."""
+    resume, address = config.resume, config.cluster.address
+    if resume not in RESUME_WORDS and "/" not in resume:
+        raise Refused(f"resume={resume} is no checkpoint's path{did_you_mean(resume, RESUME_WORDS)}")
+    if resume not in RESUME_WORDS and not Path(resume).is_dir():
+        words = ", ".join(RESUME_WORDS)
+        raise Refused(f"resume={resume} does not exist; give a checkpoint's folder, or one of {words}")
+    if address not in ADDRESS_WORDS and ":" not in address:
+        raise Refused(f"cluster.address={address} is no HOST:PORT{did_you_mean(address, ADDRESS_WORDS)}")
 
 
 def _nearest_multiples(value: int, factor: int) -> str:

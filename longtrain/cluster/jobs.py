@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -23,9 +24,17 @@ _PROGRAM = ("python", "-m", "longtrain")
 
 
 def submit(
-    overrides: Sequence[str], address: str | None, follow: bool, name: str, *, program: Sequence[str] = _PROGRAM
+    overrides: Sequence[str],
+    address: str | None,
+    follow: bool,
+    name: str,
+    directory: Path,
+    *,
+    program: Sequence[str] = _PROGRAM,
 ) -> int:
-    """Run `longtrain train` with `overrides` on the cluster at `address`, as the run `name`.
+    """Run `longtrain train` with `overrides` on the cluster at `address`, as the run `<directory>/<name>`.
+
+    A job has a working directory of its own, so `directory` is absolute and means the same folder on the cluster.
 
     Returns the exit code of the job where its log is followed, else 0. Raises Refused where the cluster cannot be
     used, and where the run is already running.
@@ -38,8 +47,9 @@ def submit(
                 f"{name} is already running as {_id(job)}; use `longtrain logs {name}` or `longtrain stop {name}`"
             )
     attempt = 1 + max((_attempt(job) for job in attempts), default=0)
-    arguments = [argument for argument in overrides if not argument.startswith(("cluster.address=", "run.name="))]
-    arguments += [f"run.name={name}", "cluster.address=auto"]
+    ours = ("run.name=", "run.dir=", "cluster.address=")
+    arguments = [argument for argument in overrides if not argument.startswith(ours)]
+    arguments += [f"run.name={name}", f"run.dir={directory}", "cluster.address=auto"]
     try:
         job_id = client.submit_job(
             # The shell is replaced, so that a signal reaches the program and its exit code is the job's.

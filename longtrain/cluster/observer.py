@@ -35,7 +35,8 @@ class RunObserver:
         self._tracker.event(event)
 
     def incident(self, kind: str, message: str, **details: Any) -> None:
-        self._records.incident(kind, message, **details)
+        if kind != "refused":  # a mistake of the user's, who is told; the run may be another job's
+            self._records.incident(kind, message, **details)
         decision = details.get("decision")
         self._progress.event(Warned(f"{message}; {decision}" if decision else message))
 

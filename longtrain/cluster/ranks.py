@@ -44,9 +44,9 @@ class Place:
             "MASTER_PORT": str(master_port),
             # The store is served beside rank 0 before any rank starts (see comm/rendezvous.py).
             "TORCHELASTIC_USE_AGENT_STORE": "True",
+            # Empty where none was asked for: Ray leaves GPUs in sight that it has lent to others.
+            "CUDA_VISIBLE_DEVICES": ",".join(self.visible_gpus),
         }
-        if self.visible_gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(self.visible_gpus)
         return variables
 
 

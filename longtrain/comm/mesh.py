@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from longtrain.comm.group import Group
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""A collective that takes longer has lost a rank."""
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -31,7 +34,7 @@ class Mesh:
         return self.world.rank == 0
 
 
-def build_mesh(sequence_size: int) -> Mesh:
+def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Mesh:
     """Groups over the default process group; a single process without one is a mesh of size one.
 
     Raises ValueError where `sequence_size` does not divide the number of ranks.
@@ -47,16 +50,16 @@ def build_mesh(sequence_size: int) -> Mesh:
     data = [list(column) for column in zip(*sequences, strict=True)]
     return Mesh(
         world=Group(rank, size, dist.group.WORLD if size > 1 else None),
-        data=_own_group(data, rank),
-        sequence=_own_group(sequences, rank),
+        data=_own_group(data, rank, timeout),
+        sequence=_own_group(sequences, rank, timeout),
     )
 
 
-def _own_group(members: list[list[int]], rank: int) -> Group:
+def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group:
     """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's."""
     own = None
     for ranks in members:
-        handle = dist.new_group(ranks) if len(ranks) > 1 else None
+        handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             own = Group(ranks.index(rank), len(ranks), handle)
     assert own is not None
@@ -64,7 +67,7 @@ def _own_group(members: list[list[int]], rank: int) -> Group:
 
 
 @contextmanager
-def process_group(device: torch.device, timeout: timedelta) -> Iterator[None]:
+def process_group(device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[None]:
     """Join the job described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; leave it at the end.
 
     A job of one rank needs no process group, and no variables. A process that has joined already stays as it is.

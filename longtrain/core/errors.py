@@ -32,6 +32,10 @@ class WorkerFailed(LongtrainError):
     """A worker died or raised more often than `cluster.max_failures` allows; names the rank and the cause."""
 
 
+class Diverged(LongtrainError):
+    """Loss or gradient is not finite. The same step would end the same way, so it is not tried again."""
+
+
 class Preempted(LongtrainError):
     """The run was asked to stop (SIGTERM, `longtrain stop`), saved a checkpoint and left."""
 

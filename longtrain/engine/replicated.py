@@ -104,9 +104,9 @@ class ReplicatedEngine:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"model.{name}"])
-                saved = {m: tensors[f"optimizer.{m}.{name}"] for m in moments}
+                state = {m: tensors[f"optimizer.{m}.{name}"] for m in moments}
                 self._optimizer.state[parameter] = {
-                    m: t.clone() if m == "step" else t.to(parameter.device, copy=True) for m, t in saved.items()
+                    m: t.clone() if m == "step" else t.to(parameter.device, copy=True) for m, t in state.items()
                 }
 
 

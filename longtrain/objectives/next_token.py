@@ -38,7 +38,9 @@ class Objective:
         `head` maps [..., D] to logits. Tokens labelled `IGNORED_LABEL` add nothing.
         """
         parts = zip(hidden.flatten(0, 1).split(CHUNK_TOKENS), labels.flatten().split(CHUNK_TOKENS), strict=True)
-        sums = [checkpoint(_cross_entropy_sum, h, head, y, use_reentrant=False) for h, y in parts]
+        sums = [
+            checkpoint(_cross_entropy_sum, h, head, y, use_reentrant=False, preserve_rng_state=False) for h, y in parts
+        ]
         return torch.stack(sums).sum()
 
 

@@ -18,8 +18,7 @@ from longtrain.sequence_parallel.shard import Shard
 def halo(x: Tensor, width: int, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """[B, L, D] -> [B, width + L, D]; the carry is this rank's rows among the last `width` before the next chunk."""
     chunk_begin, chunk_end = shard.layout.chunk(shard.chunk)
-    kept = x[:, :0] if carry is None else carry
-    rows = torch.cat([kept, x], dim=1)
+    rows = x if carry is None else torch.cat([carry, x], dim=1)
     plan = _plan(width, shard, chunk_begin)
     before = _Exchange.apply(rows, plan, shard.group)
     missing = width - before.shape[1]

@@ -62,7 +62,8 @@ class RunRecords:
         self._append(METRICS, {key: value for key, value in asdict(event).items() if key != "mfu" or value is not None})
 
     def ledger(self, lines: Sequence[LedgerLine]) -> None:
-        """Append the steps of a checkpoint, after it was committed; durable on return."""
+        """Append the steps of a checkpoint, after it was committed; they and their metrics are durable on return."""
+        self._append(METRICS, durable=True)
         self._append(LEDGER, *map(asdict, lines), durable=True)
 
     def committed_steps(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longtrain.telemetry.config import TelemetryConfig
-from longtrain.telemetry.events import Event, StepDone, Warned
+from longtrain.telemetry.events import Event, Started, StepDone, Warned
 
 _LOGIN_SECONDS = 30.0
 _FINISH_SECONDS = 60.0
@@ -31,16 +31,21 @@ class Tracker:
     ) -> None:
         """`directory` is the run directory, `settings` the resolved configuration; values that look secret are hidden.
 
-        A run that is resumed goes on under its old identity, kept in `<run>/wandb.id`. Online mode may wait for the
-        service here for up to half a minute.
+        A run that is resumed goes on under its old identity, kept in `<run>/wandb.id`. It begins with the first
+        `Started`, where online mode may wait for the service for up to half a minute.
         """
         self._run: Any = None
         self._warn = warn
+        self._begin: Callable[[], None] | None = None
         if config.wandb != "disabled":
-            self._guarded("start", lambda: self._start(config, directory, name, settings))
+            self._begin = lambda: self._start(config, directory, name, settings)
 
     def event(self, event: Event) -> None:
         """Record a step; other events are not sent."""
+        if isinstance(event, Started) and self._begin is not None:
+            # Only now: the ranks hold the run's lock, so the identity in its directory is this job's to use.
+            begin, self._begin = self._begin, None
+            self._guarded("start", begin)
         if isinstance(event, StepDone) and self._run is not None:
             values = {key: value for key, value in asdict(event).items() if key != "step" and value is not None}
             self._guarded("log", lambda: self._run.log(values, step=event.step))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import Mesh
-from longtrain.core.errors import LongtrainError
+from longtrain.core.errors import Diverged
 from longtrain.engine.replicated import ReplicatedEngine, StepResult
 from longtrain.model.build import MakeSequence
 from longtrain.model.model import Model
@@ -97,7 +97,7 @@ class Loop:
         loss, memory = self._over_ranks(total.detach().double() / count)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
-            raise LongtrainError(
+            raise Diverged(
                 f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (tokens {position} to {end} of the "
                 "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
             )

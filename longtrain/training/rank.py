@@ -3,7 +3,6 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,7 +23,6 @@ from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop, Progressed
 from longtrain.training.resume import identity, resume
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
 
 
@@ -47,7 +45,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
     registry = Registry(config.plugins)
-    with process_group(device, COLLECTIVE_TIMEOUT):
+    with process_group(device):
         mesh = build_mesh(config.sequence_parallel.size)
         directory = run_directory(config)
         directory.mkdir(parents=True, exist_ok=True)
@@ -107,6 +105,11 @@ def pick_device(choice: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise Refused("engine.device=cuda, but this machine has no usable GPU; use engine.device=auto")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise Refused(
+            f"this machine has {num_gpus} usable GPUs for more ranks than that; use fewer ranks, or engine.device=cpu"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

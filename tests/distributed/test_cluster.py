@@ -57,7 +57,7 @@ def run(address, tmp_path):
         work = Work(tree, (tmp_path,), str(tmp_path), target=f"tests.distributed.cluster_targets:{target}")
         with listening(StopSignals()) as signals:
             watcher = Watcher(signals, stop_at)
-            policy = Policy(Config(name="restart", delay_seconds=0.0), max_failures)
+            policy = Policy(Config(name="restart", max_failures_without_progress=3, delay_seconds=0.0), max_failures)
             result = execute(
                 work, cluster=cluster, size=workers, group_size=2, policy=policy, observer=watcher, signals=signals
             )

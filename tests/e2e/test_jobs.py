@@ -20,7 +20,7 @@ STAND_IN = ("python", "-m", "tests.e2e.stand_in_job")
 @pytest.fixture
 def submit(ray_head: RayHead) -> Callable[..., int]:
     def submit(name: str, *overrides: str, follow: bool = True) -> int:
-        return jobs.submit(overrides, ray_head.jobs, follow, name, program=STAND_IN)
+        return jobs.submit(overrides, ray_head.jobs, follow, name, Path("/runs"), program=STAND_IN)
 
     return submit
 
@@ -39,7 +39,7 @@ def test_the_log_is_followed_once_to_the_end_and_the_exit_code_is_the_jobs(submi
     assert shown.err == "submitted followed-a1\n"
     [job] = [job for job in connect(ray_head.jobs).list_jobs() if job.submission_id == "followed-a1"]
     # The last two are ours, whatever the user gave; nothing that is sent or stored holds the token.
-    assert job.entrypoint.endswith("steps=120 exit=7 run.name=followed cluster.address=auto")
+    assert job.entrypoint.endswith("steps=120 exit=7 run.name=followed run.dir=/runs cluster.address=auto")
     assert ray_head.token not in str(job) + shown.out
 
 
@@ -64,9 +64,9 @@ def test_a_stopped_job_may_save_and_goes_on_when_it_is_submitted_again(submit, r
 
 
 def test_a_training_is_stopped_and_resumed_beside_the_cluster(ray_head, tmp_path, capsys):
-    overrides = [*SMALL[:-1], f"run.dir={tmp_path}", "steps=60", "checkpoint.every_steps=20"]
+    overrides = [*SMALL[:-1], "steps=60", "checkpoint.every_steps=20"]
     run = tmp_path / "trained"
-    assert jobs.submit(overrides, ray_head.jobs, False, "trained") == 0
+    assert jobs.submit(overrides, ray_head.jobs, False, "trained", tmp_path) == 0
     metrics = run / "metrics.jsonl"
     until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 3)
     assert jobs.stop("trained", ray_head.jobs) == 0
@@ -74,7 +74,7 @@ def test_a_training_is_stopped_and_resumed_beside_the_cluster(ray_head, tmp_path
     assert saved, "a stopped training saves"
     assert check_ledger(run / "ledger.jsonl", last_step=max(saved)) == []
     capsys.readouterr()
-    assert jobs.submit(overrides, ray_head.jobs, True, "trained") == 0
+    assert jobs.submit(overrides, ray_head.jobs, True, "trained", tmp_path) == 0
     shown = capsys.readouterr().out
     assert f"step {max(saved)} of 60 is done" in shown
     assert "step 60 of 60: done" in shown

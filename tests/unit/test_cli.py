@@ -87,7 +87,9 @@ def test_submit_validates_first_and_sends_the_same_overrides(monkeypatch: pytest
     assert first[:3] == ([*TOYS, "steps=3"], "http://there:8265", True)
     assert second[:3] == (TOYS, None, False)
     # The job gets the name that the run has here, so that the same command is the same run.
-    assert all(re.fullmatch(r"toy_model-\w+-[0-9a-f]{6}", name) for *_, name in (first, second))
+    assert all(re.fullmatch(r"toy_model-\w+-[0-9a-f]{6}", name) for *_, name, _ in (first, second))
+    # And the folder: a job has a working directory of its own.
+    assert first[-1] == Path("runs").absolute()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from longtrain.cluster.failure import Decision, Failure, Fault, GiveUp, Restart
-from longtrain.core.errors import Refused
+from longtrain.core.errors import Diverged, Refused
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Policy:
         self._max_failures = max_failures
 
     def decide(self, failure: Failure, history: Sequence[Failure]) -> Decision:
-        if failure.fault is Fault.REFUSED or isinstance(failure.error, Refused):
-            return GiveUp("a restart would be refused again")
+        if failure.fault is Fault.REFUSED or isinstance(failure.error, Refused | Diverged):
+            return GiveUp("a restart would end the same way")
         failures = [*history, failure]
         stuck = 0
         while stuck < len(failures) and failures[-1 - stuck].committed_step == failure.committed_step:

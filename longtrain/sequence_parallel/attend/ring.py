@@ -50,9 +50,11 @@ class _Ring(torch.autograd.Function):
             dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, ctx.window, ctx.scale)
             dq += dq_part
             sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
-            if shard.group.size > 1:
+            if step + 1 < shard.group.size:
                 received = _pass_on((*block, *sums), (holder - 1) % shard.group.size, shard)
                 block, sums = received[:2], received[2:]
+        if shard.group.size > 1:  # home, without the keys and values
+            sums = _pass_on(sums, shard.group.rank, shard)
         dk, dv = sums
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
 

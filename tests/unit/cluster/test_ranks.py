@@ -51,4 +51,5 @@ def test_the_environment_is_that_of_torchrun():
         "MASTER_ADDR": "10.0.0.1",
         "MASTER_PORT": "4242",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "CUDA_VISIBLE_DEVICES": "",  # none was asked for
     }

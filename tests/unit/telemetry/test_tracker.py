@@ -13,13 +13,14 @@ OFFLINE = """
 import json, sys
 from pathlib import Path
 from longtrain.telemetry.config import TelemetryConfig
-from longtrain.telemetry.events import StepDone
+from longtrain.telemetry.events import Started, StepDone
 from longtrain.telemetry.tracker import Tracker
 
 directory, mode = Path(sys.argv[1]), sys.argv[2]
 warned = []
 settings = {"steps": 2, "hub_token": "canary-secret", "data": {"path": "https://me:canary-secret@example.org/x"}}
 tracker = Tracker(TelemetryConfig(wandb=mode, wandb_project="longtrain"), directory, "tiny", settings, warned.append)
+tracker.event(Started(0, 2, 16, 1, 1, 10, None, 3.2, str(directory)))
 for step in (1, 2):
     tracker.event(StepDone(step, step * 16, 2.5, 1.0, 1e-3, 0.5, 32.0, 1000, None))
 tracker.close()
@@ -91,6 +92,8 @@ def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
 def test_hidden_values() -> None:
     tree = {
         "api_key": "x",
+        "key_dim": 32,
+        "num_key_value_heads": 2,
         "hub.token": "x",
         "PASSWORD": None,
         "aws-secret": ["x", "y"],
@@ -101,6 +104,8 @@ def test_hidden_values() -> None:
     }
     assert hide_secrets(tree) == {
         "api_key": "***",
+        "key_dim": 32,
+        "num_key_value_heads": 2,
         "hub.token": "***",
         "PASSWORD": None,
         "aws-secret": "***",
