@@ -15,7 +15,7 @@ from longtrain.cluster.failure import Failure, Fault
 from longtrain.cluster.mailbox import BEAT_SECONDS, Mailbox
 from longtrain.cluster.ranks import DOMAIN_LABEL, Place, Seat, assign_ranks
 from longtrain.cluster.worker import Probe, Raised, Work, Worker
-from longtrain.core.errors import Refused
+from longtrain.core.errors import Refused, WorkerFailed
 
 _MAIL_SECONDS = 5.0
 """The mailbox is on the driver's node and only stores; one that takes longer to answer is taken for lost."""
@@ -56,7 +56,13 @@ class RayWorkerGroup:
             # Ray drops bundle entries of value 0 (check_resources removes them), so the bundles stay in order.
             self._open_mailbox()
             self._placement = placement_group([dict(self._resources)] * self.size, strategy="PACK")
-        return self._placement.wait(timeout)
+        try:
+            return self._placement.wait(timeout)
+        except Exception as error:  # Ray raises a plain one where the placement went with the node that held it
+            reason = str(error).strip().splitlines()[0]
+            raise WorkerFailed(
+                f"the cluster lost the workers' places ({reason}); run the same command again"
+            ) from error
 
     def shortage(self) -> str:
         asked = {name: amount * self.size for name, amount in self._resources.items()}

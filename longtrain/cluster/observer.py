@@ -35,8 +35,9 @@ class RunObserver:
         self._tracker.event(event)
 
     def incident(self, kind: str, message: str, **details: Any) -> None:
-        if kind != "refused":  # a mistake of the user's, who is told; the run may be another job's
-            self._records.incident(kind, message, **details)
+        if kind == "refused":  # a mistake, which the command tells when it ends; the run may be another job's
+            return
+        self._records.incident(kind, message, **details)
         decision = details.get("decision")
         self._progress.event(Warned(f"{message}; {decision}" if decision else message))
 

@@ -42,11 +42,11 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
     root = Path(os.path.abspath(config.run.dir.expanduser()))
     tree = tree | {"run": {"name": config.run.name, "dir": str(root)}}
     directory = root / config.run.name
+    prepare(config.data, registry, _say_progress())
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"run directory {directory} cannot be made ({error.strerror}); set run.dir") from error
-    prepare(config.data, registry, _say_progress())
     work = Work(tree, plugins, os.getcwd(), target)
     if config.cluster.address == "env":
         return _run_as_rank(config, work, directory)

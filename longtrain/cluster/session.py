@@ -7,9 +7,11 @@ import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import psutil
 import ray
+import ray._private.services
 
 from longtrain.core.errors import Refused
 
@@ -52,16 +54,35 @@ def connected(address: str, workers: int, resources: Mapping[str, float]) -> Ite
 
 def _start_embedded(num_cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus + 1,  # Ray starts as many processes in advance; the mailbox takes one, and no CPU
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        dashboard_host="127.0.0.1",
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _system_config={"kill_worker_timeout_milliseconds": _KILL_MILLISECONDS},
-    )
+    with _own_process_groups():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus + 1,  # Ray starts as many processes in advance; the mailbox takes one, and no CPU
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _system_config={"kill_worker_timeout_milliseconds": _KILL_MILLISECONDS},
+        )
+
+
+@contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Ray's processes leave this one's group: `timeout`, a shell or a batch system signals the whole group, and with
+    Ray gone at once the ranks could neither save nor report. 2.60 guards against SIGINT alone and has no option."""
+    services = ray._private.services
+    plain = services.ConsolePopen
+
+    class OwnGroup(plain):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options, process_group=0)
+
+    services.ConsolePopen = OwnGroup  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = plain  # type: ignore[misc]
 
 
 def _watch_agents() -> subprocess.Popen[bytes]:

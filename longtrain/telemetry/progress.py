@@ -68,7 +68,12 @@ class Progress:
         if self._live is not None:
             self._live.stop()
             self._live = None
-        if self._started is None or self._first is None or self._last is None:
+        if self._started is None:
+            return
+        if self._first is None or self._last is None:
+            if self._started.step >= self._started.total_steps:
+                self._print(f"nothing is left to do; the losses are in {self._started.run_directory}/metrics.jsonl")
+            self._started = None
             return
         first, last, entropy = self._first, self._last, self._started.unigram_entropy
         mean, steps = sum(self._losses) / len(self._losses), len(self._losses)

@@ -76,6 +76,8 @@ def resume(
     warnings = list(found.skipped)
     _load(found, store, engine, identity(config, corpus))
     if records is not None:
+        for line in found.skipped:
+            records.incident("checkpoint", line)
         # Another run's steps are in that run's ledger.
         tail = [] if initial else [LedgerLine(**line) for line in found.metadata["ledger"]]
         warnings += records.rewind(found.step, tail)

@@ -97,6 +97,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     warnings = [e.message for e in events if isinstance(e, Warned)]
     assert len(warnings) == 1
     assert "step-00000004" in warnings[0]
+    assert "step-00000004" in (run / "incidents.jsonl").read_text()
     assert [e.step for e in events if isinstance(e, StepDone)] == [3, 4, 5, 6]
     assert_same_bits(run, config.run.dir / "straight")
     assert check_ledger(run / "ledger.jsonl", last_step=6) == []

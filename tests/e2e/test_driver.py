@@ -71,9 +71,10 @@ def _ended(command: Command) -> Iterator[Command]:
         command.process.wait()
 
 
-def test_an_interrupt_of_the_whole_group_saves_and_leaves(command: Command) -> None:
-    # A terminal sends Ctrl-C to every process of the foreground group, Ray's and the ranks' included.
-    os.killpg(command.process.pid, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_saves_and_leaves(command: Command, number: signal.Signals) -> None:
+    # A terminal sends Ctrl-C to every process of the foreground group; `timeout` and batch systems send SIGTERM so.
+    os.killpg(command.process.pid, number)
     assert command.process.wait(timeout=60) == 75
     assert len(list((command.run / "checkpoints").glob("step-*"))) == 1
     text = command.output.read_text()

@@ -18,6 +18,9 @@ ALONE = ("cluster.address=env", "sequence_parallel.size=1")
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("resume=nver", ["resume=nver", "did you mean 'never'"]),
+        ("resume=/no/such/step-00000001", ["/no/such/step-00000001 does not exist"]),
+        ("cluster.address=lokal", ["cluster.address=lokal", "did you mean 'local'"]),
         ("contxt_length=1k", ["contxt_length", "did you mean 'context_length'"]),
         ("steps=many", ["steps=many", "integer"]),
         ("model=hybrid_tinny", ["hybrid_tinny", "hybrid_tiny"]),
@@ -45,6 +48,7 @@ def test_data_that_cannot_be_used(tmp_path: Path) -> None:
         line = refuse(tmp_path, "train", "data=text", f"data.path={path}", *ALONE)
         assert word in line, line
     assert "data.path" in refuse(tmp_path, "train", "data=text", *ALONE)
+    assert not (tmp_path / "runs").exists(), "a refused command leaves no run directory"
 
 
 def test_a_damaged_token_store(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What a user sees, with the clock and the console in the test's hand."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -84,6 +85,12 @@ def test_summary_compares_with_the_unigram_entropy() -> None:
         "163,840 tokens since the start of training; this command took 0:01:40",
     ]
     assert screen.close() == []
+
+
+def test_summary_of_a_run_that_was_finished_before() -> None:
+    screen = Screen(terminal=False)
+    screen.show(replace(STARTED, step=40, resumed_from="runs/tiny/checkpoints/step-00000040"))
+    assert screen.close() == ["nothing is left to do; the losses are in runs/tiny/metrics.jsonl"]
 
 
 def test_summary_of_a_run_that_was_stopped() -> None:
