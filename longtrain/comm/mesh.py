@@ -56,10 +56,16 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
 
 
 def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group:
-    """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's."""
+    """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's.
+
+    An axis over all ranks is the world's own group: every group costs threads, and with NCCL memory.
+    """
     own = None
     for ranks in members:
-        handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+        if len(members) == 1:
+            handle = dist.group.WORLD if len(ranks) > 1 else None
+        else:
+            handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
             own = Group(ranks.index(rank), len(ranks), handle)
     assert own is not None
