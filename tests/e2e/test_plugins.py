@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from textwrap import dedent
 
+import pytest
+
 from tests.harness.cli import SMALL, refuse, succeed
 
 FILES = {
@@ -130,8 +132,9 @@ def test_components_from_a_folder(tmp_path: Path) -> None:
     succeed(tmp_path, *command, "run.name=toy", "sequence_parallel.scan=one_by_one", "objective=half")
     own, toy = losses(tmp_path, "own"), losses(tmp_path, "toy")
     assert len(own) == 4
-    # AdamW and a clipped gradient hardly feel the factor; the first loss comes before any update and is half exactly
-    assert abs(toy[0] - own[0] / 2) < 1e-5
-    assert toy[-1] < toy[0]
+    # The first loss comes before any update and is half exactly; AdamW then hardly feels the factor.
+    assert toy[0] == pytest.approx(own[0] / 2, rel=1e-6)
+    assert toy == pytest.approx([loss / 2 for loss in own], rel=0.02)
+    assert toy[1:] != toy[:-1], "parameters are updated"
     line = refuse(tmp_path, "train", "plugins=[plugin]", "model.pattern=[running_sun]", "model.num_layers=1")
     assert "running_sum" in line
