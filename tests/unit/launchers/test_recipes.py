@@ -61,7 +61,10 @@ def test_what_is_run_directly_is_executable() -> None:
 
 
 def test_ray_accepts_the_cluster_description() -> None:
-    validate_config(prepare_config(recipe("ray_up.yaml")))
+    cluster = prepare_config(recipe("ray_up.yaml"))
+    validate_config(cluster)  # raises where it does not
+    with pytest.raises(Exception, match="max_wokers"):
+        validate_config(cluster | {"max_wokers": 2})
 
 
 def test_every_ray_command_of_the_cluster_has_token_authentication() -> None:
