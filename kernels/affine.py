@@ -5,29 +5,59 @@ The transition M is one of three shapes, and these functions are the only code t
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
+class Segment(Protocol):
+    """The affine map of a segment, and its outputs once the incoming state is known.
+
+    The state after the segment is `advance(transition, state_in) + state`; a backend may rely on it: the cotangents of
+    `transition` and `state` are those of that expression, for the `state_in` that `correct` was called with.
+    """
+
+    @property
+    def transition(self) -> Tensor:
+        """M of the whole segment; zero where the segment contains a document boundary."""
+        ...
+
+    @property
+    def state(self) -> Tensor:
+        """[B, H, K, V]: B, the final state from the zero state."""
+        ...
+
+    def correct(self, state: Tensor) -> Tensor:
+        """The outputs [B, L, H, V] for the incoming state [B, H, K, V]; called once."""
+        ...
+
+
 @dataclass(frozen=True)
-class Segment:
-    """A segment that was run from the zero state, with what is needed to add a carry afterwards."""
+class LinearSegment:
+    """A segment that was run from the zero state, with what is needed to add a carry afterwards by linearity."""
 
     output: Tensor
     """[B, L, H, V], from the zero state, as wide as the state: the carry's share is still to be added."""
     readout: Tensor
     """[B, L, H, K]: M_t^T q_t with M_t the product of the transitions up to t; zero behind a document boundary."""
     transition: Tensor
-    """M of the whole segment; zero where the segment contains a document boundary."""
+    """See `Segment`."""
     state: Tensor
-    """[B, H, K, V]: B, the final state from the zero state."""
+    """See `Segment`."""
     dtype: torch.dtype
     """Of the values, and so of the finished output."""
 
     def correct(self, state: Tensor) -> Tensor:
-        """The output for the incoming state [B, H, K, V], by linearity: o_t + S_in^T M_t^T q_t; in `dtype`."""
+        """o_t + S_in^T M_t^T q_t, in `dtype`."""
         return (self.output + torch.einsum("blhk,bhkv->blhv", self.readout, state)).to(self.dtype)
+
+
+def run(segment: Segment, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Outputs [B, L, H, V] and final state of a segment from `state` [B, H, K, V] (None: zero)."""
+    if state is None:
+        state = torch.zeros_like(segment.state)
+    return segment.correct(state), advance(segment.transition, state) + segment.state
 
 
 def advance(transition: Tensor, state: Tensor) -> Tensor:

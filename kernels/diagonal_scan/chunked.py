@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from longtrain_kernels.affine import Segment, accumulator_dtype
+from longtrain_kernels.affine import LinearSegment, accumulator_dtype
 
 SCALAR_CHUNK = 64
 # A vector decay needs exp(b_i - b_j) per key channel, [C, C, K] numbers a chunk, so its chunks are shorter.
@@ -79,9 +79,9 @@ def _merge(x: Tensor, length: int) -> Tensor:
     return x.transpose(2, 3).flatten(1, 2)[:, :length]
 
 
-def _states(chunks: _Chunks, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """States before each chunk [B, N, H, K, V] and the final state."""
-    state = torch.zeros_like(chunks.updates[:, 0]) if state is None else state
+def _states(chunks: _Chunks) -> tuple[Tensor, Tensor]:
+    """States before each chunk [B, N, H, K, V] and the final state, from the zero state."""
+    state = torch.zeros_like(chunks.updates[:, 0])
     before = []
     for update, transition in zip(chunks.updates.unbind(1), chunks.transitions.unbind(1), strict=True):
         before.append(state)
@@ -89,24 +89,14 @@ def _states(chunks: _Chunks, state: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.stack(before, dim=1), state
 
 
-def diagonal_scan_chunked(
-    queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`DiagonalScan.apply`."""
-    chunks = _chunk(queries, keys, values, log_decay, documents)
-    before, final = _states(chunks, state)
-    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
-    return output.to(values.dtype), final
-
-
 def diagonal_segment_chunked(
     queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor
-) -> Segment:
+) -> LinearSegment:
     """`DiagonalScan.summarize`."""
     chunks = _chunk(queries, keys, values, log_decay, documents)
-    before, final = _states(chunks, None)
+    before, final = _states(chunks)
     output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
     products = torch.cumprod(chunks.transitions, dim=1)
     entering = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=1)
     readout = _merge(chunks.queries_in * entering.unsqueeze(-2), values.shape[1])
-    return Segment(output=output, readout=readout, transition=products[:, -1], state=final, dtype=values.dtype)
+    return LinearSegment(output=output, readout=readout, transition=products[:, -1], state=final, dtype=values.dtype)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from longtrain.core.contracts import Sequence, SequenceMixer
 from longtrain.mixers import simple_gla
 from longtrain.mixers._projection import ConvolvedProjection, GatedOutput
-from longtrain_kernels.gated_delta_scan import GatedDeltaScan
+from longtrain_kernels.delta_scan import DeltaScan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mixer(SequenceMixer):
         q, k, v = self.qkv(x, sequence)
         q, k = F.normalize(q, dim=-1) * self.config.key_dim**-0.5, F.normalize(k, dim=-1)
         log_decay = -self.log_rate.exp() * F.softplus(self.decay(x) + self.step_bias)
-        op = GatedDeltaScan(q, k, v, log_decay, self.beta(x).sigmoid())
+        op = DeltaScan(q, k, v, self.beta(x).sigmoid(), log_decay)
         return self.out(sequence.scan(op), x)
 
     def flops_per_token(self, context: float) -> float:

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.delta_scan import DeltaScan
+from longtrain_kernels.delta_scan.reference import delta_scan_reference
 from longtrain_kernels.diagonal_scan import DiagonalScan
 from longtrain_kernels.diagonal_scan.reference import diagonal_scan_reference
-from longtrain_kernels.gated_delta_scan import GatedDeltaScan
-from longtrain_kernels.gated_delta_scan.reference import gated_delta_reference
 from tests.harness.documents import awkward_starts, segment_documents
 
 # float64 rounding of sums over at most 130 tokens
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
-KINDS = ("scalar", "vector", "delta")
+KINDS = ("scalar", "vector", "delta", "delta vector")
 H, K, V = 3, 5, 4
 
 
@@ -26,17 +26,18 @@ def inputs(kind: str, length: int, dtype: torch.dtype = torch.float64) -> tuple[
     tensors = {
         "scalar": (q, k, v, -gate[..., 0].exp()),
         "vector": (q, k, v, -gate.exp()),
-        "delta": (q, torch.nn.functional.normalize(k, dim=-1), v, -gate[..., 0].exp(), 2 * gate[..., 1].sigmoid()),
+        "delta vector": (q, torch.nn.functional.normalize(k, dim=-1), v, gate[..., 1].sigmoid(), -gate.exp()),
+        "delta": (q, torch.nn.functional.normalize(k, dim=-1), v, 2 * gate[..., 1].sigmoid(), -gate[..., 0].exp()),
     }[kind]
     return tuple(t.to(dtype).requires_grad_() for t in tensors)
 
 
-def op(kind: str, tensors: tuple[Tensor, ...]) -> DiagonalScan | GatedDeltaScan:
-    return GatedDeltaScan(*tensors) if kind == "delta" else DiagonalScan(*tensors)
+def op(kind: str, tensors: tuple[Tensor, ...]) -> DiagonalScan | DeltaScan:
+    return DeltaScan(*tensors) if kind.startswith("delta") else DiagonalScan(*tensors)
 
 
 def reference(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    return gated_delta_reference if kind == "delta" else diagonal_scan_reference
+    return delta_scan_reference if kind.startswith("delta") else diagonal_scan_reference
 
 
 def gradients(results: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -70,8 +71,8 @@ def test_a_segment_corrected_by_its_carry_is_the_recurrence_from_it(kind: str, l
     if packed and length:
         documents = segment_documents(awkward_starts(length, edges=(16,)), 0, length) - torch.tensor([[1], [0]])
     segment = op(kind, tensors).summarize(documents)
-    transition = segment.transition if kind == "delta" else segment.transition[..., None]
-    carried = transition @ state if kind == "delta" else transition * state
+    transition = segment.transition if kind.startswith("delta") else segment.transition[..., None]
+    carried = transition @ state if kind.startswith("delta") else transition * state
     got = (segment.correct(state), carried + segment.state)
     want = reference(kind)(*tensors, documents, state)
     torch.testing.assert_close(got, want, **TOLERANCE)
@@ -83,7 +84,7 @@ def test_a_segment_corrected_by_its_carry_is_the_recurrence_from_it(kind: str, l
 def test_an_empty_segment_is_the_identity_and_stays_in_the_graph(kind: str) -> None:
     tensors = inputs(kind, 0)
     segment = op(kind, tensors).summarize(torch.zeros(2, 0, dtype=torch.int64))
-    identity = torch.eye(K, dtype=torch.float64).expand(2, H, -1, -1) if kind == "delta" else torch.ones(())
+    identity = torch.eye(K, dtype=torch.float64).expand(2, H, -1, -1) if kind.startswith("delta") else torch.ones(())
     torch.testing.assert_close(segment.transition, identity.to(torch.float64).expand_as(segment.transition))
     assert segment.state.abs().max() == 0
     assert all(t.requires_grad for t in (segment.output, segment.readout, segment.transition, segment.state))
