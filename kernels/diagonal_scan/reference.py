@@ -12,8 +12,8 @@ def diagonal_scan_reference(
 ) -> tuple[Tensor, Tensor]:
     """S_t = a_t S_{t-1} + k_t v_t^T with a_t = 0 at the first token of a document; o_t = S_t^T q_t.
 
-    Shapes as in `DiagonalScan`, with as many key as value heads and log_decay [B, L, H] or [B, L, H, K]; returns outputs
-    [B, L, H, V] and the final state [B, H, K, V].
+    Shapes as in `DiagonalScan`, with as many key as value heads and log_decay [B, L, H] or [B, L, H, K]; returns
+    outputs [B, L, H, V] and the final state [B, H, K, V].
     """
     length = values.shape[1]
     log_decay = log_decay if log_decay.dim() == 4 else log_decay.unsqueeze(-1)
