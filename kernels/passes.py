@@ -18,7 +18,7 @@ from torch import Tensor
 class Passes(ABC):
     """The four passes of one scan over one segment, called at most once each and in this order.
 
-    They keep what the later ones need as attributes. States and maps are float32; tensors are not differentiated through.
+    They keep what later ones need as attributes. States and maps are float32, and not differentiated through.
     """
 
     @abstractmethod

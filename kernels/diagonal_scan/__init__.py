@@ -60,10 +60,15 @@ class DiagonalScan:
 
     def summarize(self, documents: Tensor) -> Segment:
         """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
+        backend = self.backend or default_backend(self.values.device)
+        if backend is Backend.TRITON and self.values.shape[1] > 0:
+            # At the point of use: Triton is not installed on every platform.
+            from longtrain_kernels.diagonal_scan.triton import diagonal_segment_triton  # noqa: PLC0415
+
+            return diagonal_segment_triton(self.queries, self.keys, self.values, self._token_decay(), documents)
         heads = self.values.shape[2]
         q, k = expand_heads(self.queries, heads), expand_heads(self.keys, heads)
-        chunked = (self.backend or default_backend(self.values.device)) is not Backend.REFERENCE
-        segment = diagonal_segment_chunked if chunked else diagonal_segment_reference
+        segment = diagonal_segment_reference if backend is Backend.REFERENCE else diagonal_segment_chunked
         return segment(q, k, self.values, self._token_decay(), documents)
 
     def _token_decay(self) -> Tensor:
