@@ -9,7 +9,13 @@ from torch import Tensor
 
 from longtrain_kernels.backend import Backend, default_backend
 from longtrain_kernels.short_convolution.reference import short_convolution_reference
-from longtrain_kernels.short_convolution.triton import MOST_TAPS, short_convolution_triton
+
+try:
+    from longtrain_kernels.short_convolution.triton import short_convolution_triton
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    short_convolution_triton = None  # type: ignore[assignment]  # Triton is made for Linux only
 
 __all__ = ["short_convolution"]
 
@@ -36,7 +42,7 @@ def short_convolution(
         [B, L, D] in the dtype of `rows`; sums are float32 at least. Differentiable in `rows` and `weight`.
 
     Raises:
-        ValueError: shapes that do not fit, or W > 8 with Triton.
+        ValueError: shapes that do not fit; with Triton, W > 8 or no Triton installed.
     """
     length, (channels, taps) = positions.shape[1], weight.shape
     if rows.shape[1] != length + taps - 1:
@@ -49,6 +55,6 @@ def short_convolution(
         raise ValueError(f"there is no activation '{activation}'; use 'silu' or None")
     if (backend or default_backend(rows.device)) is not Backend.TRITON:
         return short_convolution_reference(rows, weight, positions, activation)
-    if taps > MOST_TAPS:
-        raise ValueError(f"{taps} taps are more than the kernel's {MOST_TAPS}; use backend=Backend.CHUNKED")
+    if short_convolution_triton is None:
+        raise ValueError("Triton is not installed here; use backend=Backend.CHUNKED")
     return short_convolution_triton(rows, weight, positions, activation)

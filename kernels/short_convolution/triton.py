@@ -296,5 +296,7 @@ def _accumulator(rows: Tensor) -> tl.dtype:
 
 
 def short_convolution_triton(rows: Tensor, weight: Tensor, positions: Tensor, activation: str | None) -> Tensor:
-    """Shapes as in `short_convolution`; 1 to 8 taps."""
+    """Shapes as in `short_convolution`; 1 to 8 taps. Raises ValueError for more."""
+    if weight.shape[1] > MOST_TAPS:
+        raise ValueError(f"{weight.shape[1]} taps are more than the kernel's {MOST_TAPS}; use backend=Backend.CHUNKED")
     return _ShortConvolution.apply(rows, weight, positions, activation == "silu")

@@ -153,3 +153,11 @@ def test_the_definition_is_conv1d_inside_each_document() -> None:
 def test_what_does_not_fit_is_named(rows: Any, weight: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         short_convolution(torch.zeros(rows), torch.zeros(weight), torch.zeros(1, 20, dtype=torch.int64), **options)
+
+
+def test_without_triton_its_backend_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longtrain_kernels.short_convolution.short_convolution_triton", None)
+    rows, weight = inputs(3, 4, 6, torch.float32)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        short_convolution(rows, weight, positions(3), backend=Backend.TRITON)
+    assert short_convolution(rows, weight, positions(3), backend=Backend.CHUNKED).shape == (2, 3, 6)
