@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from longtrain_kernels.affine import Segment
+from longtrain_kernels.backend import Backend
 
 
 class Recurrence(Protocol):
@@ -37,6 +38,11 @@ class Sequence(Protocol):
     @property
     def positions(self) -> Tensor:
         """[B, L] int64: position of each token in its document."""
+        ...
+
+    @property
+    def backend(self) -> Backend | None:
+        """What runs the operations; a mixer hands it to each that it builds. None: by the device."""
         ...
 
     def scan(self, op: Recurrence) -> Tensor:

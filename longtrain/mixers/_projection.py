@@ -27,7 +27,8 @@ class ConvolvedProjection(nn.Module):
     def forward(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         """See the class."""
         rows = sequence.halo(self.input(x), self.conv_weight.shape[1] - 1)
-        mixed = F.silu(short_convolution(rows, self.conv_weight.to(rows.dtype), sequence.positions))
+        weight = self.conv_weight.to(rows.dtype)
+        mixed = short_convolution(rows, weight, sequence.positions, activation="silu", backend=sequence.backend)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in mixed.split(self.sizes, -1))
         return q, k, v
 

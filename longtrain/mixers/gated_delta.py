@@ -42,7 +42,7 @@ class Mixer(SequenceMixer):
         q, k, v = self.qkv(x, sequence)
         q, k = F.normalize(q, dim=-1) * self.config.key_dim**-0.5, F.normalize(k, dim=-1)
         log_decay = -self.log_rate.exp() * F.softplus(self.decay(x) + self.step_bias)
-        op = DeltaScan(q, k, v, self.beta(x).sigmoid(), log_decay)
+        op = DeltaScan(q, k, v, self.beta(x).sigmoid(), log_decay, sequence.backend)
         return self.out(sequence.scan(op), x)
 
     def flops_per_token(self, context: float) -> float:

@@ -50,7 +50,7 @@ class Mixer(SequenceMixer):
         q, k, v = self.qkv(x, sequence)
         log_decay = F.logsigmoid(self.decay(x)) / GATE_NORMALIZER
         scaled = q * self.config.key_dim**-0.5
-        return self.out(sequence.scan(DiagonalScan(scaled, k, v, log_decay)), x)
+        return self.out(sequence.scan(DiagonalScan(scaled, k, v, log_decay, sequence.backend)), x)
 
     def flops_per_token(self, context: float) -> float:
         """See `SequenceMixer`: update and read-out of the state."""
