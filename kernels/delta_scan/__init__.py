@@ -3,6 +3,7 @@
 One operation covers no decay (DeltaNet: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
 equation 4), a scalar decay per token and head (Gated DeltaNet: Yang, Kautz & Hatamizadeh 2024, equation 10) and a
 vector decay (KDA: Kimi Team 2025, "Kimi Linear", equation 1). The transition of a segment is a K x K matrix per head.
+See README.md for the chunked form.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype, run
-from longtrain_kernels.backend import Backend, expand_heads
+from longtrain_kernels.backend import Backend, default_backend, expand_heads
+from longtrain_kernels.delta_scan.chunked import delta_segment_chunked
 from longtrain_kernels.delta_scan.reference import delta_segment_reference
 
 __all__ = ["DeltaScan"]
@@ -69,4 +71,6 @@ class DeltaScan:
         log_decay = self.log_decay
         if log_decay is None:
             log_decay = torch.zeros_like(self.beta, dtype=accumulator_dtype(self.values.dtype))
-        return delta_segment_reference(q, k, self.values, self.beta, log_decay, documents)
+        chunked = (self.backend or default_backend(self.values.device)) is not Backend.REFERENCE
+        segment = delta_segment_chunked if chunked else delta_segment_reference
+        return segment(q, k, self.values, self.beta, log_decay, documents)
