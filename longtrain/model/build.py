@@ -32,6 +32,8 @@ def build_model(
             registry.load("mixers", name, ("Config", "Mixer")).Mixer(mixer_configs[name], config.width)
             for name in names
         ]
+        for layer, mixer in enumerate(mixers):
+            mixer.layer, mixer.num_layers = layer, len(mixers)
         return Model(config, mixers, vocab_size)
 
 

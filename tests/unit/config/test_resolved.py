@@ -22,9 +22,10 @@ def test_the_default_configuration_resolves() -> None:
 
 
 def test_every_shipped_mixer_resolves() -> None:
-    pattern = "model.pattern=[softmax, sliding_window, simple_gla, gated_delta]"
-    job = resolve([pattern, "model.num_layers=8", "context_length=1M", "sequence_parallel.size=8"])
-    assert list(job.config.mixer.options) == ["softmax", "sliding_window", "simple_gla", "gated_delta"]
+    names = Registry().names("mixers")
+    pattern = f"model.pattern=[{', '.join(names)}]"
+    job = resolve([pattern, f"model.num_layers={len(names)}", "context_length=1M", "sequence_parallel.size=8"])
+    assert list(job.config.mixer.options) == names
 
 
 def test_heads_that_do_not_divide_are_refused_by_the_mixer_itself() -> None:
