@@ -147,6 +147,13 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a run directory or a checkpoint")
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="the benchmark; without it, they are listed")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="its options; out=FILE writes JSON"
+    )
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from longtrain.cluster.resolve import resolve
 
@@ -229,6 +236,18 @@ def _stop(arguments: argparse.Namespace) -> int:
     return stop(arguments.job, arguments.address)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from longtrain.bench import run_benchmark, summaries
+
+    if arguments.name is None:
+        for name, summary in summaries().items():
+            print(f"{name:12}{summary}")
+        return 0
+    if "=" in arguments.name:
+        raise Refused(f"{arguments.name}: the benchmark's name comes first; `longtrain bench` lists them")
+    return run_benchmark(arguments.name, arguments.overrides)
+
+
 def _checkpoint_verify(arguments: argparse.Namespace) -> int:
     path: Path = arguments.path
     if not path.is_dir():
@@ -296,5 +315,11 @@ _COMMANDS = {
         "verify the digests of checkpoints",
         ("verify runs/mine", "verify runs/mine/checkpoints/step-00000020"),
         _checkpoint_arguments,
+    ),
+    "bench": _Command(
+        _bench,
+        "measure this machine and what runs on it",
+        ("", "kernels", "kernels ops=[scalar,gated] shapes=1x32kx16x128 direction=forward out=scalar.json"),
+        _bench_arguments,
     ),
 }

@@ -22,8 +22,8 @@ def head_index(heads: int, like: Tensor) -> Tensor:
 class DiscretizedDecay(nn.Module):
     """log a = -exp(A_h) s with the step s = softplus(x + c): the discretisation of Mamba-2 (Dao & Gu 2024, section 7).
 
-    `channels` steps a head share the head's rate exp(A_h). Initialised as Mamba does (Gu & Dao 2023, and
-    their code): rates uniform in `rates`, steps at x = 0 log-uniform in [0.001, 0.1].
+    `channels` steps a head share the head's rate exp(A_h). Initialised as Mamba is (Gu & Dao
+    2023, and their code): rates uniform in `rates`, steps at x = 0 log-uniform in [0.001, 0.1].
     """
 
     def __init__(self, heads: int, channels: int = 1, rates: tuple[float, float] = (1.0, 16.0)) -> None:
@@ -32,7 +32,6 @@ class DiscretizedDecay(nn.Module):
         # The draw is from (low, high]: a rate of zero has no logarithm.
         self.log_rate = nn.Parameter((high - (high - low) * torch.rand(heads)).log())
         step = torch.empty(heads * channels).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        # Kept flat: matrices are subject to weight decay, and this is a bias.
         self.step_bias = nn.Parameter(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def step(self, x: Tensor) -> Tensor:

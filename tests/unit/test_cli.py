@@ -14,7 +14,7 @@ from longtrain.cli import main
 from longtrain.core.errors import Preempted, Refused, WorkerFailed
 
 TOYS = [f"plugins=['{Path(__file__).parent / 'config' / 'toys'}']", "experiment=toys"]
-COMMANDS = ["train", "resume", "config", "prepare", "submit", "jobs", "logs", "stop", "checkpoint"]
+COMMANDS = ["train", "resume", "config", "prepare", "submit", "jobs", "logs", "stop", "checkpoint", "bench"]
 
 
 class Recorder:
