@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BLANK = 0
+TOKENS_PER_PAIR = 4  # key, value, query, and a blank among the queries
 # The gap between a pair and its query falls off like a power, as distances in text do (appendix of the paper).
 GAP_EXPONENT = 0.1 - 1
 
@@ -16,20 +17,20 @@ class Batch:
     """Rows of B sequences with D pairs each."""
 
     tokens: Tensor
-    """[B, T]: k_1 v_1 ... k_D v_D, then every key once more somewhere among blanks."""
+    """[B, 4 D]: k_1 v_1 ... k_D v_D, then every key once more somewhere among blanks."""
     queries: Tensor
     """[B, D]: where the keys stand again."""
     answers: Tensor
     """[B, D]: the value of each."""
 
 
-def associations(pairs: int, tokens: int, vocabulary: int, batch: int, generator: torch.Generator) -> Batch:
+def associations(pairs: int, vocabulary: int, batch: int, generator: torch.Generator) -> Batch:
     """A batch of fresh pairs: half of the vocabulary are keys, distinct within a sequence, the other half values."""
     device, half = generator.device, vocabulary // 2
     uniform = torch.ones(batch, half - 1, device=device)
     keys = 1 + torch.multinomial(uniform, pairs, generator=generator)
     values = half + torch.randint(vocabulary - half, (batch, pairs), generator=generator, device=device)
-    begin = 2 * pairs
+    begin, tokens = 2 * pairs, TOKENS_PER_PAIR * pairs
     gaps = torch.arange(1, tokens - begin + 1, device=device, dtype=torch.float32) ** GAP_EXPONENT
     queries = begin + torch.multinomial(gaps.expand(batch, -1), pairs, generator=generator)
     rows = torch.full((batch, tokens), BLANK, device=device)

@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
-from longtrain.bench._associations import Batch, associations
+from longtrain.bench._associations import TOKENS_PER_PAIR, Batch, associations
 from longtrain.bench._report import Options, Report
 from longtrain.cluster.resolve import ResolvedJob, resolve
 from longtrain.comm.group import Group
@@ -49,7 +49,6 @@ class Task:
     """The sizes of one measurement, the same for every mixer."""
 
     pairs: tuple[int, ...]
-    tokens: int
     vocabulary: int
     num_layers: int
     num_heads: int
@@ -59,8 +58,8 @@ class Task:
     learning_rates: tuple[float, ...]
 
 
-GPU = Task((8, 16, 32, 64), 256, 256, 2, 2, 64, 800, 128, (1e-3, 3e-3))
-CPU = Task((2, 4, 8), 24, 32, 2, 2, 16, 1000, 32, (3e-3,))
+GPU = Task((4, 8, 16, 32, 64), 256, 2, 2, 32, 1000, 256, (1e-3, 3e-3))
+CPU = Task((2, 4, 8), 32, 2, 2, 16, 800, 32, (3e-3,))
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ class Config(Options):
     mixers: Annotated[tuple[str, ...] | None, OneOrMore] = None
     """None: every one."""
     pairs: Annotated[tuple[Positive, ...] | None, Field(min_length=1), OneOrMore] = None
-    """Pairs of a sequence: training takes turns among them, and each is a column of the table."""
-    tokens: Positive | None = None
-    """Of a sequence; three or more for each pair."""
+    """Pairs of a sequence, four tokens each: training takes turns among them, and each is a column of the table."""
     vocabulary: Positive | None = None
     num_layers: Positive | None = None
     num_heads: Positive | None = None
@@ -123,8 +120,6 @@ def choose_task(config: Config, device: torch.device) -> Task:
     given = {f.name: getattr(config, f.name) for f in fields(Task)}
     task = replace(GPU if device.type == "cuda" else CPU, **{k: v for k, v in given.items() if v is not None})
     most = max(task.pairs)
-    if task.tokens < 3 * most:
-        raise Refused(f"tokens={task.tokens} cannot hold {most} pairs and their queries; use {3 * most} or more")
     if task.vocabulary // 2 - 1 < most:
         raise Refused(f"vocabulary={task.vocabulary} has too few keys for {most} pairs; use {2 * most + 2} or more")
     return task
@@ -165,17 +160,16 @@ def train(
     model = build_model(job.config.model, mixers, task.vocabulary, config.seed, job.registry).to(device)
     optimizer = OptimizerConfig("adamw", learning_rate, 0.1, task.steps // 10, (0.9, 0.95), 1e-8, 0.1, 1.0)
     engine = ReplicatedEngine(model, EngineConfig("replicated", "float32", "auto"), optimizer, task.steps, Group(0, 1))
-    layout = SequenceLayout(task.tokens, 1, ((0,),) * task.batch)
-    shard = Shard(layout, Group(0, 1), device)
+    shards = {n: _shard(n, task, device) for n in task.pairs}
     loss = torch.zeros(())
     for step, batch in enumerate(_batches(task, config.seed, task.steps, device)):
-        loss = F.cross_entropy(_logits(model, batch, shard, config).flatten(0, 1), batch.answers.flatten())
+        loss = F.cross_entropy(_logits(model, batch, shards, config).flatten(0, 1), batch.answers.flatten())
         engine.step(loss, step)
     correct: dict[int, list[Tensor]] = {n: [] for n in task.pairs}
     with torch.no_grad():
         # Another seed: the pairs were never trained on.
         for batch in _batches(task, config.seed + 1, EVALUATION_BATCHES * len(task.pairs), device):
-            right = _logits(model, batch, shard, config).argmax(-1) == batch.answers
+            right = _logits(model, batch, shards, config).argmax(-1) == batch.answers
             correct[batch.answers.shape[1]].append(right.float().mean())
     return {n: torch.stack(c).mean().item() for n, c in correct.items()}, loss.item()
 
@@ -203,11 +197,18 @@ def _batches(task: Task, seed: int, count: int, device: torch.device) -> Iterato
     generator = torch.Generator(device).manual_seed(seed)
     for index in range(count):
         pairs = task.pairs[index % len(task.pairs)]
-        yield associations(pairs, task.tokens, task.vocabulary, task.batch, generator)
+        yield associations(pairs, task.vocabulary, task.batch, generator)
 
 
-def _logits(model: Model, batch: Batch, shard: Shard, config: Config) -> Tensor:
+def _shard(pairs: int, task: Task, device: torch.device) -> Shard:
+    """A batch of whole sequences on one rank; made once, since it keeps positions on the device."""
+    layout = SequenceLayout(TOKENS_PER_PAIR * pairs, 1, ((0,),) * task.batch)
+    return Shard(layout, Group(0, 1), device)
+
+
+def _logits(model: Model, batch: Batch, shards: dict[int, Shard], config: Config) -> Tensor:
     """[B, D, vocabulary], at the queries."""
+    shard = shards[batch.answers.shape[1]]
     handle = ShardedSequence(shard, Algorithms(local.scan, local.attend), backend=config.backend)
     hidden = model(batch.tokens, handle)
     return model.head(hidden.gather(1, batch.queries.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])))
