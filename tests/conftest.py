@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from tests.harness.ranks import RankPool
 from tests.harness.ray_head import RayHead, start_ray_head
 
 os.environ["RAY_AUTH_MODE"] = "token"  # read by Ray when it is first imported, which collecting tests does
+if not torch.cuda.is_available():  # likewise; kernels are then run by Triton's interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ from torch import Tensor
 from longtrain.core.layout import SequenceLayout
 from longtrain_kernels.block_attention import Tokens, attention, attention_forward, merge, tiled
 from longtrain_kernels.block_attention.reference import attention_reference
-from longtrain_kernels.short_convolution import short_convolution
 from tests.harness.documents import awkward_starts
 
 # float64 rounding of a softmax over at most 90 keys
@@ -62,19 +61,3 @@ def test_a_query_that_sees_nothing_gets_zero() -> None:
     output, lse = attention_forward(q[:, :30], k[:, 60:], v[:, 60:], tokens(0, 30), tokens(60, T), None, 1.0)
     assert output.abs().max() == 0
     assert (lse == float("-inf")).all()
-
-
-def test_convolution_is_conv1d_inside_each_document() -> None:
-    torch.manual_seed(0)
-    x, weight = torch.randn(1, 20, 6, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
-    layout = SequenceLayout(20, 1, ((0, 1, 3, 11, 19),))
-    rows = torch.cat([torch.full((1, 3, 6), float("nan"), dtype=torch.float64), x], dim=1)
-    got = short_convolution(rows, weight, layout.positions(torch.arange(20)))
-    pieces = [x[:, b:e] for b, e in ((0, 1), (1, 3), (3, 11), (11, 19), (19, 20))]
-    want = [torch.conv1d(p.mT, weight[:, None], padding=3, groups=6)[..., : p.shape[1]].mT for p in pieces]
-    torch.testing.assert_close(got, torch.cat(want, dim=1))
-
-
-def test_convolution_checks_the_halo() -> None:
-    with pytest.raises(ValueError, match="expected 20"):
-        short_convolution(torch.zeros(1, 20, 6), torch.zeros(6, 4), torch.zeros(1, 20, dtype=torch.int64))
