@@ -54,7 +54,7 @@ def _chunk(
         scores, overlap = ((x @ k.mT) * distance for x in (q, k))
 
     head = (documents == carried.unsqueeze(-1)).to(dtype)[:, :, None, :, None]
-    tail = (documents == documents[:, :, -1:]).to(dtype)[:, :, None, :, None]
+    tail = (documents == documents[:, :, -1:])[:, :, None, :, None]
     passes = (documents[:, :, -1] == carried).to(dtype)[:, :, None, None]
     written = torch.linalg.solve_triangular(
         (step * overlap).tril(-1),
@@ -69,7 +69,7 @@ def _chunk(
         erasures=erasures,
         scores=scores,
         queries_in=q * b.exp() * head,
-        keys_out=k * (total - b).exp() * tail,
+        keys_out=k * (total - b).masked_fill(~tail, float("-inf")).exp(),
         decays=total.squeeze(-2).exp() * passes,
     )
 

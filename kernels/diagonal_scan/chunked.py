@@ -50,13 +50,13 @@ def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, doc
         scores = (q @ k.mT) * distance.exp()
 
     head = (documents == carried.unsqueeze(-1)).to(dtype)[:, :, None, :, None]
-    tail = (documents == documents[:, :, -1:]).to(dtype)[:, :, None, :, None]
+    tail = (documents == documents[:, :, -1:])[:, :, None, :, None]
     passes = (documents[:, :, -1] == carried).to(dtype)[:, :, None, None]
     total = b[..., -1:, :]
     return _Chunks(
         intra=scores @ v,
         queries_in=q * b.exp() * head,
-        updates=(k * (total - b).exp() * tail).mT @ v,
+        updates=(k * (total - b).masked_fill(~tail, float("-inf")).exp()).mT @ v,
         transitions=total.squeeze(-2).exp() * passes,
     )
 

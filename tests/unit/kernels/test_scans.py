@@ -117,7 +117,8 @@ def test_half_precision_inputs_keep_a_float32_state(kind: str) -> None:
 def test_strong_decay_underflows_to_zero_without_nan() -> None:
     q, k, v, _ = inputs("scalar", 130, torch.float32)
     decay = torch.full((2, 130, H), -200.0, requires_grad=True)
-    output, state = DiagonalScan(q, k, v, decay).apply(torch.zeros(2, 130, dtype=torch.int64), None)
+    documents = segment_documents(((0,), (0, 17, 120)), 0, 130)
+    output, state = DiagonalScan(q, k, v, decay).apply(documents, None)
     grads = torch.autograd.grad((output, state), (q, k, v, decay), (torch.ones_like(output), torch.ones_like(state)))
     assert all(torch.isfinite(t).all() for t in (output, state, *grads))
 
@@ -155,7 +156,7 @@ def test_decays_that_underflow_leave_the_delta_scan_exact(decay: str) -> None:
     log_decay = torch.where(strong.view(67, *(1,) * (log_decay.dim() - 2)), -1e30, log_decay).detach().requires_grad_()
     log_decay.data[:, 40:44] = -200.0
     leaves = (*tensors, log_decay)
-    documents = torch.zeros(2, 67, dtype=torch.int64)
+    documents = segment_documents(((0,), (0, 17, 50)), 0, 67)
     got = DeltaScan(*leaves, backend=Backend.CHUNKED).apply(documents, None)
     exact = tuple(t.detach().double().requires_grad_() for t in leaves)
     want = DeltaScan(*exact, backend=Backend.REFERENCE).apply(documents, None)
