@@ -40,7 +40,7 @@ class HeadsConfig:
 class ConvolvedConfig(HeadsConfig):
     """Heads behind a short convolution."""
 
-    conv_width: Positive
+    conv_width: Annotated[int, Field(ge=1, le=8)]
     """W, taps of the convolution; 1 is none."""
 
 

@@ -47,8 +47,9 @@ class ConvolvedProjection(Projection):
     def mix(self, projected: Tensor, sequence: Sequence) -> Tensor:
         """See `Projection`."""
         rows = sequence.halo(projected, self.conv_weight.shape[1] - 1)
-        weight = self.conv_weight.to(rows.dtype)
-        return short_convolution(rows, weight, sequence.positions, activation="silu", backend=sequence.backend)
+        return short_convolution(
+            rows, self.conv_weight, sequence.positions, activation="silu", backend=sequence.backend
+        )
 
     @property
     def flops_per_token(self) -> int:

@@ -12,6 +12,7 @@ from longtrain.core.errors import Refused
 from longtrain.mixers import delta_net, gated_delta, hgrn2, kda, lightning, mamba2, retention
 from longtrain.mixers._decay import DiscretizedDecay
 from longtrain.mixers._projection import GroupNorm, unit
+from longtrain_kernels.short_convolution.triton import MOST_TAPS
 from tests.harness.mixers import RECURRENT
 from tests.unit.mixers.test_layers import Recorder, mixer, rows, sequence
 
@@ -158,6 +159,7 @@ def test_groups_are_normalised_each_by_itself() -> None:
         ("mamba2", "num_heads=3", "mixer.mamba2: num_value_heads=8 is not a multiple of num_heads=3 key heads"),
         ("kda", "num_value_heads=6", "mixer.kda: num_value_heads=6 is not a multiple of num_heads=4 key heads"),
         ("gated_delta", "num_value_heads=0", "mixer.gated_delta.num_value_heads=0: must be greater than or equal to 1"),
+        ("simple_gla", "conv_width=9", f"mixer.simple_gla.conv_width=9: must be less than or equal to {MOST_TAPS}"),
         ("gla", "gate_rank=0", "mixer.gla.gate_rank=0: must be greater than or equal to 1"),
         ("delta_net", "allow_negative_eigenvalues=2", "mixer.delta_net.allow_negative_eigenvalues=2: must be a valid"),
     ],
