@@ -58,7 +58,7 @@ class Task:
     learning_rates: tuple[float, ...]
 
 
-GPU = Task((4, 8, 16, 32, 64), 256, 2, 2, 32, 1000, 256, (1e-3, 3e-3))
+GPU = Task((4, 8, 16, 32, 64), 256, 2, 2, 32, 1200, 256, (1e-3, 3e-3))
 CPU = Task((2, 4, 8), 32, 2, 2, 16, 800, 32, (3e-3,))
 
 
@@ -148,7 +148,7 @@ def measure(name: str, task: Task, config: Config, device: torch.device) -> dict
         return {"mixer": name, "status": "error", "detail": detail, "runs": runs}
     best = max(runs, key=lambda r: sum(r["accuracy"].values()))
     seconds = sum(r["seconds"] for r in runs)
-    state = getattr(job.config.mixer.options[name], "state_size", None)  # None: it grows with the sequence
+    state = getattr(job.config.mixer.options[name], "state_size", None)  # None: it keeps tokens
     return {"mixer": name, "status": "ok", "state": state} | best | {"seconds": seconds, "runs": runs}
 
 
@@ -215,7 +215,7 @@ def _logits(model: Model, batch: Batch, shards: dict[int, Shard], config: Config
 
 
 def _cells(row: dict[str, Any], task: Task) -> list[str]:
-    state = "grows" if row["state"] is None else f"{row['state']:,}"
+    state = "tokens" if row["state"] is None else f"{row['state']:,}"
     accuracy = [f"{row['accuracy'][n]:.1%}" for n in task.pairs]
     return [row["mixer"], state, *accuracy, f"{row['learning_rate']:g}", f"{row['seconds']:.0f}"]
 

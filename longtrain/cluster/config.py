@@ -89,12 +89,14 @@ def check_job(config: JobConfig, registry: Registry) -> None:
 
 
 def _check_backend(config: JobConfig) -> None:
-    """Triton needs GPUs; where the device is chosen automatically, each rank looks (`training.rank.pick_backend`)."""
+    """Triton needs GPUs and computes in float32; what a rank's device is with `auto`, the rank itself finds out."""
     if config.mixer.backend != "triton":
         return
     for key, value in (("engine.device", config.engine.device), ("cluster.resources.GPU", _gpus(config))):
         if value in ("cpu", 0):
             raise Refused(f"mixer.backend=triton runs on GPUs, but {key}={value}; use mixer.backend=auto, or a GPU")
+    if config.engine.precision == "float64":
+        raise Refused("mixer.backend=triton does not compute engine.precision=float64; use mixer.backend=chunked")
 
 
 def _gpus(config: JobConfig) -> float | None:

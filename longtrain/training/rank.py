@@ -45,7 +45,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
-    backend = pick_backend(config.mixer.backend, device)
+    backend = pick_backend(config.mixer.backend, device, config.engine.precision)
     registry = Registry(config.plugins)
     with process_group(device):
         mesh = build_mesh(config.sequence_parallel.size)
@@ -119,9 +119,11 @@ def pick_device(choice: str) -> torch.device:
     return device
 
 
-def pick_backend(choice: str, device: torch.device) -> Backend:
+def pick_backend(choice: str, device: torch.device, precision: str) -> Backend:
     """What runs the mixers' operations on this rank: the choice, or by the device. Refuses Triton on a CPU."""
-    backend = default_backend(device) if choice == "auto" else Backend(choice)
+    if choice == "auto":
+        return Backend.CHUNKED if precision == "float64" else default_backend(device)
+    backend = Backend(choice)
     if backend is Backend.TRITON and device.type != "cuda":
         raise Refused("mixer.backend=triton runs on GPUs, but this rank has none; use mixer.backend=auto")
     return backend
