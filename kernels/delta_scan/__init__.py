@@ -3,6 +3,7 @@
 One operation covers no decay (DeltaNet: Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule",
 equation 4), a scalar decay per token and head (Gated DeltaNet: Yang, Kautz & Hatamizadeh 2024, equation 10) and a
 vector decay (KDA: Kimi Team 2025, "Kimi Linear", equation 1). The transition of a segment is a K x K matrix per head.
+See README.md for the chunked form.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype, run
-from longtrain_kernels.backend import Backend, expand_heads
+from longtrain_kernels.backend import Backend, default_backend, expand_heads
+from longtrain_kernels.delta_scan.chunked import delta_segment_chunked
 from longtrain_kernels.delta_scan.reference import delta_segment_reference
 
 __all__ = ["DeltaScan"]
@@ -36,7 +38,7 @@ class DeltaScan:
     log_decay: Tensor | None = None
     """None for a = 1, [B, L, H] or [B, L, H, K]; finite and not positive."""
     backend: Backend | None = None
-    """None: by the device."""
+    """None: by the device; chunked for float64, which Triton's kernels do not compute."""
 
     def __post_init__(self) -> None:
         batch, length, groups, width = self.keys.shape
@@ -64,9 +66,24 @@ class DeltaScan:
 
     def summarize(self, documents: Tensor) -> Segment:
         """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
+        backend = self._backend()
+        if backend is Backend.TRITON:
+            # Triton is not on every platform.
+            from longtrain_kernels.delta_scan.triton import delta_segment_triton  # noqa: PLC0415
+
+            return delta_segment_triton(self.queries, self.keys, self.values, self.beta, self.log_decay, documents)
         heads = self.values.shape[2]
         q, k = expand_heads(self.queries, heads), expand_heads(self.keys, heads)
         log_decay = self.log_decay
         if log_decay is None:
             log_decay = torch.zeros_like(self.beta, dtype=accumulator_dtype(self.values.dtype))
-        return delta_segment_reference(q, k, self.values, self.beta, log_decay, documents)
+        segment = delta_segment_reference if backend is Backend.REFERENCE else delta_segment_chunked
+        return segment(q, k, self.values, self.beta, log_decay, documents)
+
+    def _backend(self) -> Backend:
+        wide = self.values.dtype == torch.float64
+        if self.backend is None:
+            return Backend.CHUNKED if wide else default_backend(self.values.device)
+        if self.backend is Backend.TRITON and wide:
+            raise ValueError("values are float64, which Triton's kernels do not compute: use another backend or dtype")
+        return self.backend

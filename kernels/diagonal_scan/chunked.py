@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain_kernels.affine import LinearSegment, accumulator_dtype
+from longtrain_kernels.chunks import merge, split, split_documents
 
 SCALAR_CHUNK = 64
 # A vector decay needs exp(b_i - b_j) per key channel, [C, C, K] numbers a chunk, so its chunks are shorter.
@@ -26,27 +27,13 @@ class _Chunks:
     transitions: Tensor  # [B, N, H, 1 or K]  what the chunk multiplies the state with
 
 
-def _split(x: Tensor, size: int) -> Tensor:
-    """[B, L, H, D] -> [B, N, H, C, D], padded with zeros to whole chunks; at least one chunk, so that the result of an
-    empty segment still depends on its inputs and takes part in every collective of the backward pass."""
-    padding = -x.shape[1] % size if x.shape[1] else size
-    return F.pad(x, (0, 0, 0, 0, 0, padding)).unflatten(1, (-1, size)).transpose(2, 3)
-
-
-def _split_documents(documents: Tensor, size: int) -> Tensor:
-    """[B, L] -> [B, N, C]; padding continues the last document."""
-    last = documents[:, -1:] if documents.shape[1] else documents.new_zeros(documents.shape[0], 1)
-    padding = -documents.shape[1] % size if documents.shape[1] else size
-    return torch.cat([documents, last.expand(-1, padding)], dim=1).unflatten(1, (-1, size))
-
-
 def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor) -> _Chunks:
     dtype = accumulator_dtype(values.dtype)
     vector = log_decay.dim() == 4
     size = VECTOR_CHUNK if vector else SCALAR_CHUNK
-    q, k, v = (_split(x.to(dtype), size) for x in (queries, keys, values))
-    log_decay = _split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size)
-    documents = _split_documents(documents, size)
+    q, k, v = (split(x.to(dtype), size) for x in (queries, keys, values))
+    log_decay = split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size)
+    documents = split_documents(documents, size)
     carried = F.pad(documents[:, :-1, -1], (1, 0))  # the document that the chunk's incoming state belongs to
 
     same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
@@ -63,20 +50,15 @@ def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, doc
         scores = (q @ k.mT) * distance.exp()
 
     head = (documents == carried.unsqueeze(-1)).to(dtype)[:, :, None, :, None]
-    tail = (documents == documents[:, :, -1:]).to(dtype)[:, :, None, :, None]
+    tail = (documents == documents[:, :, -1:])[:, :, None, :, None]
     passes = (documents[:, :, -1] == carried).to(dtype)[:, :, None, None]
     total = b[..., -1:, :]
     return _Chunks(
         intra=scores @ v,
         queries_in=q * b.exp() * head,
-        updates=(k * (total - b).exp() * tail).mT @ v,
+        updates=(k * (total - b).masked_fill(~tail, float("-inf")).exp()).mT @ v,
         transitions=total.squeeze(-2).exp() * passes,
     )
-
-
-def _merge(x: Tensor, length: int) -> Tensor:
-    """[B, N, H, C, D] -> [B, L, H, D], without the padding."""
-    return x.transpose(2, 3).flatten(1, 2)[:, :length]
 
 
 def _states(chunks: _Chunks) -> tuple[Tensor, Tensor]:
@@ -95,8 +77,8 @@ def diagonal_segment_chunked(
     """`DiagonalScan.summarize`."""
     chunks = _chunk(queries, keys, values, log_decay, documents)
     before, final = _states(chunks)
-    output = _merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
+    output = merge(chunks.intra + chunks.queries_in @ before, values.shape[1])
     products = torch.cumprod(chunks.transitions, dim=1)
     entering = torch.cat([torch.ones_like(products[:, :1]), products[:, :-1]], dim=1)
-    readout = _merge(chunks.queries_in * entering.unsqueeze(-2), values.shape[1])
+    readout = merge(chunks.queries_in * entering.unsqueeze(-2), values.shape[1])
     return LinearSegment(output=output, readout=readout, transition=products[:, -1], state=final, dtype=values.dtype)

@@ -77,14 +77,31 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             f"use {near}"
         )
     for name in names:
-        if name not in config.mixer:
-            raise Refused(f"{pattern}: mixer.{name} is missing{did_you_mean(name, sorted(config.mixer))}")
+        if name not in config.mixer.options:
+            raise Refused(f"{pattern}: mixer.{name} is missing{did_you_mean(name, sorted(config.mixer.options))}")
+    _check_backend(config)
     for verb in ("scan", "attend"):
         algorithm, known = getattr(config.sequence_parallel, verb), registry.names(f"sequence_parallel.{verb}")
         if algorithm not in known:
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )
+
+
+def _check_backend(config: JobConfig) -> None:
+    """Triton needs GPUs and computes in float32; what a rank's device is with `auto`, the rank itself finds out."""
+    if config.mixer.backend != "triton":
+        return
+    for key, value in (("engine.device", config.engine.device), ("cluster.resources.GPU", _gpus(config))):
+        if value in ("cpu", 0):
+            raise Refused(f"mixer.backend=triton runs on GPUs, but {key}={value}; use mixer.backend=auto, or a GPU")
+    if config.engine.precision == "float64":
+        raise Refused("mixer.backend=triton does not compute engine.precision=float64; use mixer.backend=chunked")
+
+
+def _gpus(config: JobConfig) -> float | None:
+    gpus = config.cluster.resources.get("GPU")
+    return gpus if gpus is None or gpus % 1 else int(gpus)
 
 
 def _check_words(config: JobConfig) -> None:

@@ -33,6 +33,8 @@ from longtrain.core.registry import did_you_mean
 
 COMMAND_LINE = "command line"
 
+MIXER_SETTINGS = frozenset({"backend"})  # keys of `mixer` that all mixers share, and that no mixer can have as its name
+
 _CONF = Path(longtrain_conf.__file__).parent
 _ROOT = "longtrain_root"  # generated: the defaults of every mixer, then conf/train.yaml
 
@@ -146,6 +148,9 @@ def _compose_groups(groups: list[str], roots: _Roots) -> tuple[Tree, dict[str, s
     """
     conf, *plugin_confs = roots.folders.values()
     mixers = [name for name in roots.options("mixer") if name.isidentifier()]
+    for name in MIXER_SETTINGS.intersection(mixers):
+        label, _ = roots.find(f"mixer/{name}")
+        raise Refused(f"{label}: mixer.{name} is a setting of all mixers, and no mixer's name; rename the file")
     defaults = [*({f"mixer@mixer.{name}": name} for name in mixers), "train", "_self_"]
     search = [f"file://{folder}" for folder in plugin_confs if folder.is_dir()]
     ConfigStore.instance().store(name=_ROOT, node={"defaults": defaults, "hydra": {"searchpath": search}})
@@ -208,11 +213,11 @@ def _select_mixers(tree: Tree, parsed: Sequence[Override], origins: dict[str, st
         below = [rest] if rest else list(value) if isinstance(value, dict) else []
         if section == "mixer" and not override.is_delete():
             for name in (str(key).partition(".")[0] for key in below):
-                if name not in named:
+                if name not in MIXER_SETTINGS and name not in named:
                     line = spell(override.input_line)
                     raise Refused(f"{line}: {shown} has no {spell(name)}; add it to the pattern or leave this out")
     for name in mixers:
-        if name not in available:
+        if name not in MIXER_SETTINGS and name not in available:
             where = _origin(next(iter(flatten({"mixer": {name: mixers[name]}}))), origins)
             raise Refused(f"mixer.{name} ({where}): there is no such mixer{did_you_mean(name, available)}")
     ordered: Tree = {}
@@ -220,7 +225,7 @@ def _select_mixers(tree: Tree, parsed: Sequence[Override], origins: dict[str, st
         if key != "mixer":
             ordered[key] = value
         if key == "model":
-            ordered["mixer"] = {name: mixers[name] for name in named}
+            ordered["mixer"] = {k: v for k, v in mixers.items() if k in MIXER_SETTINGS} | {n: mixers[n] for n in named}
     return ordered
 
 

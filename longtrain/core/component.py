@@ -4,6 +4,7 @@ A chosen component's own `Config` dataclass validates the rest of the mapping, s
 typed options and no existing file knows them. The registry reaches the validators through pydantic's context.
 """
 
+import dataclasses
 import json
 from typing import Any
 
@@ -25,20 +26,28 @@ def component(kind: str) -> PlainValidator:
     return PlainValidator(validate)
 
 
-def components(kind: str) -> PlainValidator:
-    """Annotate a field holding several components: a mapping from name to the fields of that one's `Config`."""
+def components(kind: str, section: type) -> PlainValidator:
+    """Annotate a field holding several components, and settings that they share, in one mapping.
+
+    `section` is a dataclass whose field `options` receives the components, from name to the `Config` of each; the keys
+    named by its other fields are the shared settings, and no component can have their names.
+    """
+    shared = {field.name for field in dataclasses.fields(section)} - {"options"}
 
     def validate(value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, dict):
             raise ValueError("expected a mapping from component names to their options")
         loaded = {}
         for name, options in value.items():
+            if name in shared:
+                continue
             _refuse_unknown(kind, name, name, options, _registry(info))
             try:
                 loaded[name] = _load(kind, name, options, _registry(info))
             except ValidationError as error:  # pydantic adds the field's own key, not the component's
                 raise ValidationError.from_exception_data(error.title, _below(name, error)) from None
-        return loaded
+        settings = {name: value[name] for name in shared & value.keys()}
+        return TypeAdapter(section).validate_python(settings | {"options": loaded})
 
     return PlainValidator(validate)
 

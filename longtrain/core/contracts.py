@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from longtrain_kernels.affine import Segment
+from longtrain_kernels.backend import Backend
 
 
 class Recurrence(Protocol):
@@ -37,6 +38,11 @@ class Sequence(Protocol):
     @property
     def positions(self) -> Tensor:
         """[B, L] int64: position of each token in its document."""
+        ...
+
+    @property
+    def backend(self) -> Backend | None:
+        """What runs the operations; a mixer hands it to each that it builds. None: by the device."""
         ...
 
     def scan(self, op: Recurrence) -> Tensor:
@@ -70,9 +76,15 @@ class Sequence(Protocol):
 class SequenceMixer(nn.Module, ABC):
     """Base of the `Mixer` that every `mixers/<name>.py` defines; built as `Mixer(config, width)`.
 
+    A mixer that differs by depth reads `layer` and `num_layers` when it runs; the builder sets them.
     Draws its random numbers from torch's global generator, which the caller seeds. A projection named `output` ends
     the residual branch and is initialised smaller with depth.
     """
+
+    layer: int = 0
+    """Which layer of the model this is, counted from 0."""
+    num_layers: int = 1
+    """Of the model."""
 
     @abstractmethod
     def forward(self, x: Tensor, sequence: Sequence) -> Tensor:

@@ -5,34 +5,22 @@ Mamba-2 (Dao & Gu 2024, section 2) in the layer of gated linear attention (Yang 
 """
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtrain.core.contracts import Sequence, SequenceMixer
+from longtrain.mixers._config import ConvolvedConfig
+from longtrain.mixers._decay import exact
 from longtrain.mixers._projection import ConvolvedProjection, GatedOutput
 from longtrain_kernels.diagonal_scan import DiagonalScan
 
 GATE_NORMALIZER = 16  # Yang et al. 2023, section 4.4: keeps decays near one at initialisation
 
-Positive = Annotated[int, Field(ge=1)]
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(ConvolvedConfig):
     """`conf/mixer/simple_gla.yaml`."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid")
-
-    num_heads: Positive
-    key_dim: Positive
-    """K, of one head."""
-    value_dim: Positive
-    """V, of one head."""
-    conv_width: Positive
-    """W, taps of the convolution; 1 is none."""
 
 
 class Mixer(SequenceMixer):
@@ -41,17 +29,17 @@ class Mixer(SequenceMixer):
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
         self.config = config
-        self.qkv = ConvolvedProjection(width, config.num_heads, config.key_dim, config.value_dim, config.conv_width)
+        self.qkv = ConvolvedProjection(config, width)
         self.decay = nn.Linear(width, config.num_heads)
-        self.out = GatedOutput(width, config.num_heads, config.value_dim)
+        self.out = GatedOutput(width, config.channels, config.value_dim)
 
     def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
         """Scan over the whole sequence."""
         q, k, v = self.qkv(x, sequence)
-        log_decay = F.logsigmoid(self.decay(x)) / GATE_NORMALIZER
-        scaled = q * self.config.key_dim**-0.5
-        return self.out(sequence.scan(DiagonalScan(scaled, k, v, log_decay)), x)
+        log_decay = F.logsigmoid(exact(self.decay(x))) / GATE_NORMALIZER
+        op = DiagonalScan(q * self.config.key_dim**-0.5, k, v, log_decay, sequence.backend)
+        return self.out(sequence.scan(op), x)
 
     def flops_per_token(self, context: float) -> float:
-        """See `SequenceMixer`: update and read-out of the state."""
-        return 4 * self.config.num_heads * self.config.key_dim * self.config.value_dim
+        """See `SequenceMixer`: convolution, update and read-out of the state."""
+        return self.qkv.flops_per_token + 4 * self.config.state_size

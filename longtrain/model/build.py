@@ -15,6 +15,7 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
+from longtrain_kernels.backend import Backend
 
 MakeSequence = Callable[[SequenceLayout], Sequence]
 
@@ -31,13 +32,15 @@ def build_model(
             registry.load("mixers", name, ("Config", "Mixer")).Mixer(mixer_configs[name], config.width)
             for name in names
         ]
+        for layer, mixer in enumerate(mixers):
+            mixer.layer, mixer.num_layers = layer, len(mixers)
         return Model(config, mixers, vocab_size)
 
 
 def sequence_maker(
-    config: SequenceParallelConfig, group: Group, device: torch.device, registry: Registry
+    config: SequenceParallelConfig, backend: Backend, group: Group, device: torch.device, registry: Registry
 ) -> MakeSequence:
-    """What makes the `Sequence` handle of a batch from its layout.
+    """What makes the `Sequence` handle of a batch from its layout; `backend` runs the mixers' operations.
 
     A group of one rank uses the local algorithms. Raises Refused for an algorithm that does not exist.
     """
@@ -47,4 +50,4 @@ def sequence_maker(
     )
     if group.size == 1:
         algorithms = Algorithms(scan=local.scan, attend=local.attend)
-    return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms)
+    return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms, backend=backend)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field
 
@@ -54,3 +54,15 @@ class ModelConfig:
     norm_epsilon: Annotated[float, Field(gt=0)]
     initializer_std: Annotated[float, Field(gt=0)]
     """Standard deviation of every projection and of the embedding; residual outputs are scaled by 1/sqrt(2 layers)."""
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """`mixer.*`: what all mixers share, and beside it the options of every mixer that the pattern names."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    backend: Literal["auto", "reference", "chunked", "triton"]
+    """What runs the recurrent operations (`longtrain_kernels.backend.Backend`); `auto`: by the device."""
+    options: dict[str, Any]
+    """The `Config` of each mixer by its name; in the configuration the names stand beside `backend`."""

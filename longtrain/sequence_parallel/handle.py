@@ -12,6 +12,7 @@ from longtrain.core.contracts import Recurrence
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
+from longtrain_kernels.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class ShardedSequence:
     algorithms: Algorithms
     carries_in: list[Any] | None = None
     """Left by the chunk before; None for the first chunk."""
+    backend: Backend | None = None
+    """See `core.contracts.Sequence.backend`."""
     carries_out: list[Any] = field(default_factory=list)
 
     @property

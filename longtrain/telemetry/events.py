@@ -21,6 +21,8 @@ class Started:
     unigram_entropy: float
     """Nats per token of the training data: the loss of a model that knows only how often each token occurs."""
     run_directory: str
+    backend: str
+    """What runs the recurrent operations of the mixers: `reference`, `chunked` or `triton`."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ class Progress:
         self._print(
             f"longtrain: {event.parameters:,} parameters, context {format_token_count(event.context_length)}, "
             f"{event.world_size} {'rank' if event.world_size == 1 else 'ranks'}, "
-            f"sequence parallel over {event.sequence_parallel_size}, run directory {event.run_directory}"
+            f"sequence parallel over {event.sequence_parallel_size}, {event.backend} mixers, "
+            f"run directory {event.run_directory}"
         )
         origin = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         self._print(f"{origin}: step {event.step} of {event.total_steps} is done")

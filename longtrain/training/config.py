@@ -11,7 +11,7 @@ from longtrain.core.component import component, components
 from longtrain.core.units import TokenCount
 from longtrain.data.config import SourceConfig
 from longtrain.engine.config import EngineConfig, OptimizerConfig
-from longtrain.model.config import ModelConfig
+from longtrain.model.config import MixerConfig, ModelConfig
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.telemetry.config import TelemetryConfig
 
@@ -44,8 +44,7 @@ class TrainingConfig:
     batch_size: Annotated[int, Field(ge=1)]
     """Sequences of one step, over all ranks."""
     model: ModelConfig
-    mixer: Annotated[dict[str, Any], components("mixers")]
-    """Options of every mixer that the pattern names."""
+    mixer: Annotated[MixerConfig, components("mixers", MixerConfig)]
     sequence_parallel: SequenceParallelConfig
     objective: Annotated[Any, component("objectives")]
     data: Annotated[SourceConfig, component("data.sources")]

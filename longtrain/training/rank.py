@@ -22,6 +22,7 @@ from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop, Progressed
 from longtrain.training.resume import identity, resume
+from longtrain_kernels.backend import Backend, default_backend
 
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
 
@@ -44,6 +45,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
+    backend = pick_backend(config.mixer.backend, device, config.engine.precision)
     registry = Registry(config.plugins)
     with process_group(device):
         mesh = build_mesh(config.sequence_parallel.size)
@@ -51,7 +53,8 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
         directory.mkdir(parents=True, exist_ok=True)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
             corpus = open_corpus(config.data, registry, config.seed)
-            model = build_model(config.model, config.mixer, corpus.vocab_size, config.seed, registry).to(device)
+            model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
+            model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
             records = RunRecords(directory) if mesh.is_writer else None
@@ -69,6 +72,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                         resumed_from=start.path,
                         unigram_entropy=corpus.unigram_entropy,
                         run_directory=str(directory),
+                        backend=backend.value,
                     )
                 )
             objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
@@ -80,7 +84,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 objective=objective.Objective(config.objective),
                 engine=engine,
                 reader=BatchReader(corpus, config.context_length, config.batch_size, mesh, device),
-                make_sequence=sequence_maker(config.sequence_parallel, mesh.sequence, device, registry),
+                make_sequence=sequence_maker(config.sequence_parallel, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
@@ -113,3 +117,13 @@ def pick_device(choice: str) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def pick_backend(choice: str, device: torch.device, precision: str) -> Backend:
+    """What runs the mixers' operations on this rank: the choice, or by the device. Refuses Triton on a CPU."""
+    if choice == "auto":
+        return Backend.CHUNKED if precision == "float64" else default_backend(device)
+    backend = Backend(choice)
+    if backend is Backend.TRITON and device.type != "cuda":
+        raise Refused("mixer.backend=triton runs on GPUs, but this rank has none; use mixer.backend=auto")
+    return backend

@@ -36,7 +36,7 @@ def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
         "seed": config.seed,
         "data": corpus.digest,
         "model": _plain(asdict(config.model)),
-        "mixer": {name: _plain(asdict(mixer)) for name, mixer in config.mixer.items()},
+        "mixer": {name: _plain(asdict(mixer)) for name, mixer in config.mixer.options.items()},
     }
 
 

@@ -16,7 +16,6 @@ from longtrain.comm.mesh import build_mesh
 from longtrain.core.contracts import Recurrence
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
-from longtrain.mixers import gated_delta, simple_gla, sliding_window, softmax
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.sequence_parallel import local
@@ -24,18 +23,13 @@ from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.diagonal_scan import DiagonalScan
 from tests.harness.documents import awkward_starts
+from tests.harness.mixers import ATTENTION, MIXERS, RECURRENT
 from tests.harness.ranks import RankPool
 
 TOLERANCE = 1e-10  # the project's bound; errors seen are near 1e-14
 VOCABULARY = 11
-MIXERS = {
-    "softmax": softmax.Config(num_heads=9, num_key_value_heads=3, head_dim=4, rope_theta=100.0),
-    "sliding_window": sliding_window.Config(num_heads=3, num_key_value_heads=1, head_dim=4, rope_theta=100.0, window=7),
-    "simple_gla": simple_gla.Config(num_heads=3, key_dim=4, value_dim=5, conv_width=4),
-    "gated_delta": gated_delta.Config(num_heads=2, key_dim=4, value_dim=3, conv_width=4),
-}
-PATTERNS = [*((name,) for name in MIXERS), ("simple_gla", "softmax", "gated_delta", "sliding_window")]
-SCANS = ("all_gather",)
+HYBRID = ("simple_gla", "softmax", "gated_delta", "sliding_window")
+PATTERNS = [*((name,) for name in ATTENTION), HYBRID]
 ATTENDS = ("ring", "all_gather")
 
 
@@ -118,6 +112,11 @@ def model_error(
     return max(errors)
 
 
+def model_errors(pattern: tuple[str, ...], lengths: tuple[int, ...], *arguments: Any) -> list[float]:
+    """`model_error` at several lengths."""
+    return [model_error(pattern, length, *arguments) for length in lengths]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("attend", ATTENDS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
@@ -126,9 +125,23 @@ def test_ranks_equal_one_rank(
     rank_pool: Callable[[int], RankPool], pattern: tuple[str, ...], packed: bool, attend: str, world_size: int
 ) -> None:
     # 2 and 3 tokens on 4 ranks: empty shards; 9: shards shorter than a convolution's 3 rows; 67: prime
-    for length in (2, 3, 9, 67):
-        errors = rank_pool(world_size).run(model_error, pattern, length, packed, "all_gather", attend, None)
-        assert max(errors) < TOLERANCE, f"length {length}: errors by rank {errors}"
+    lengths = (2, 3, 9, 67)
+    errors = rank_pool(world_size).run(model_errors, pattern, lengths, packed, "all_gather", attend, None)
+    assert max(map(max, errors)) < TOLERANCE, f"errors by rank, at lengths {lengths}: {errors}"
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_every_recurrent_mixer_crosses_ranks(rank_pool: Callable[[int], RankPool], name: str) -> None:
+    """In the middle of three layers, so that those which differ by depth do; with empty shards and with documents."""
+    pattern, lengths = ("simple_gla", name, "simple_gla"), (3, 41)
+    errors = rank_pool(4).run(model_errors, pattern, lengths, True, "all_gather", "ring", None)
+    assert max(map(max, errors)) < TOLERANCE, f"errors by rank, at lengths {lengths}: {errors}"
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_every_recurrent_mixer_crosses_chunks(rank_pool: Callable[[int], RankPool], name: str) -> None:
+    errors = rank_pool(2).run(model_error, (name,), 29, True, "all_gather", "ring", 11)
+    assert max(errors) < TOLERANCE, f"errors by rank {errors}"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -138,12 +151,12 @@ def test_chunks_of_time_equal_the_whole(
     rank_pool: Callable[[int], RankPool], attend: str, chunk_tokens: int, world_size: int
 ) -> None:
     """Carries between chunks, on one rank and composed with ranks: chunks of 2 tokens leave ranks empty."""
-    errors = rank_pool(world_size).run(model_error, PATTERNS[-1], 37, True, "all_gather", attend, chunk_tokens)
+    errors = rank_pool(world_size).run(model_error, HYBRID, 37, True, "all_gather", attend, chunk_tokens)
     assert max(errors) < TOLERANCE, f"errors by rank {errors}"
 
 
 def op_error(length: int, packed: bool) -> float:
-    """A vector decay, which no mixer has yet, through the scan; gradients of every input on this rank."""
+    """A vector decay through the scan alone; gradients of every input on this rank."""
     mesh = build_mesh(torch.distributed.get_world_size())
     torch.manual_seed(length)
     q, k, g = (torch.randn(2, length, 3, 4, dtype=torch.float64) for _ in range(3))
@@ -176,7 +189,7 @@ def isolation(attend: str) -> bool:
     """Whether changing the first document leaves the outputs and gradients of the second bit-identical."""
     mesh = build_mesh(torch.distributed.get_world_size())
     length, second = 41, 17
-    config = ModelConfig(12, 4, PATTERNS[-1], 16, False, 1e-6, 0.5)
+    config = ModelConfig(12, 4, HYBRID, 16, False, 1e-6, 0.5)
     model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry())
     layout = SequenceLayout(length, mesh.sequence.size, ((0, second),))
     shard = Shard(layout, mesh.sequence, torch.device("cpu"))

@@ -137,7 +137,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, change: dict[
     if "model" in change:
         change = {"model": replace(config.model, mlp_width=96)}
     if "mixer" in change:  # the same shapes
-        change = {"mixer": config.mixer | {"sliding_window": replace(config.mixer["sliding_window"], window=3)}}
+        options = config.mixer.options
+        options = options | {"sliding_window": replace(options["sliding_window"], window=3)}
+        change = {"mixer": replace(config.mixer, options=options)}
     with pytest.raises(Refused, match=message):
         train_rank(replace(config, **change))
 

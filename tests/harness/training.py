@@ -11,7 +11,7 @@ from longtrain.data.prepare import prepare
 from longtrain.data.sources import text
 from longtrain.engine.config import EngineConfig, OptimizerConfig
 from longtrain.mixers import simple_gla, sliding_window, softmax
-from longtrain.model.config import ModelConfig
+from longtrain.model.config import MixerConfig, ModelConfig
 from longtrain.objectives import next_token
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.telemetry.config import TelemetryConfig
@@ -44,13 +44,16 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
         context_length=128,
         batch_size=2,
         model=ModelConfig(32, 3, ("simple_gla", "softmax", "sliding_window"), 64, True, 1e-6, 0.05),
-        mixer={
-            "simple_gla": simple_gla.Config(num_heads=2, key_dim=8, value_dim=8, conv_width=4),
-            "softmax": softmax.Config(num_heads=3, num_key_value_heads=1, head_dim=8, rope_theta=1e4),
-            "sliding_window": sliding_window.Config(
-                num_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=1e4, window=40
-            ),
-        },
+        mixer=MixerConfig(
+            backend="auto",
+            options={
+                "simple_gla": simple_gla.Config(num_heads=2, key_dim=8, value_dim=8, conv_width=4),
+                "softmax": softmax.Config(num_heads=3, num_key_value_heads=1, head_dim=8, rope_theta=1e4),
+                "sliding_window": sliding_window.Config(
+                    num_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=1e4, window=40
+                ),
+            },
+        ),
         sequence_parallel=SequenceParallelConfig(size=1, scan="all_gather", attend="ring", layout="contiguous"),
         objective=next_token.Config(name="next_token"),
         data=data,

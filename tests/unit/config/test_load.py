@@ -33,9 +33,9 @@ def refusal(overrides: list[str]) -> str:
 def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
     config = load([*toys, "context_length=1M", "data.path=books"])
     assert config.context_length == 2**20
-    assert config.mixer["toy"].window == 2048
-    assert config.mixer["toy"].num_heads == 8
-    assert config.mixer["other"].scale == 1.0
+    assert config.mixer.options["toy"].window == 2048
+    assert config.mixer.options["toy"].num_heads == 8
+    assert config.mixer.options["other"].scale == 1.0
     assert str(config.data.path) == "books"
     assert config.objective.name == "toy_objective"
     assert config.optimizer.betas == (0.9, 0.95)

@@ -1,24 +1,31 @@
 """The shipped configuration, loaded with the shipped components."""
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 
 from longtrain.cluster.resolve import resolve
+from longtrain.config.compose import MIXER_SETTINGS
 from longtrain.core.errors import Refused
+from longtrain.core.registry import Registry
+from longtrain.model.config import MixerConfig
 
 
 def test_the_default_configuration_resolves() -> None:
     job = resolve([])
     assert str(job.config.run.name).startswith("hybrid_tiny-2k-")
     assert job.config.context_length == 2048
-    assert list(job.config.mixer) == ["simple_gla", "softmax"]
+    assert list(job.config.mixer.options) == ["simple_gla", "softmax"]
     assert job.config.data.name == "python_stdlib"
     assert resolve([]).config == job.config
 
 
 def test_every_shipped_mixer_resolves() -> None:
-    pattern = "model.pattern=[softmax, sliding_window, simple_gla, gated_delta]"
-    job = resolve([pattern, "model.num_layers=8", "context_length=1M", "sequence_parallel.size=8"])
-    assert list(job.config.mixer) == ["softmax", "sliding_window", "simple_gla", "gated_delta"]
+    names = Registry().names("mixers")
+    pattern = f"model.pattern=[{', '.join(names)}]"
+    job = resolve([pattern, f"model.num_layers={len(names)}", "context_length=1M", "sequence_parallel.size=8"])
+    assert list(job.config.mixer.options) == names
 
 
 def test_heads_that_do_not_divide_are_refused_by_the_mixer_itself() -> None:
@@ -37,9 +44,37 @@ def test_heads_that_do_not_divide_are_refused_by_the_mixer_itself() -> None:
         ),
         ("sequence_parallel.attend=rings", "sequence_parallel.attend=rings: there is no such algorithm; did you mean"),
         ("cluster.workers=3", "cluster.workers=3 is not a multiple of sequence_parallel.size=2; use 2 or 4 workers"),
+        ("mixer.backend=cuda", "mixer.backend=cuda: must be 'auto', 'reference', 'chunked' or 'triton'"),
+        ("mixer.bakend=triton", "mixer.bakend=triton: there is no key 'mixer.bakend'; did you mean 'mixer.backend'?"),
+        ("~mixer.backend", "mixer.backend is missing; add it with +mixer.backend=VALUE"),
+        ("model.pattern=[backend]", "model.pattern=[backend]: there is no mixer 'backend'"),
     ],
 )
 def test_mistakes_get_one_line(override: str, expected: str) -> None:
     with pytest.raises(Refused) as refused:
         resolve([override])
     assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize("where", ["engine.device=cpu", "cluster.resources.GPU=0"])
+def test_triton_without_gpus_is_refused_before_anything_starts(where: str) -> None:
+    with pytest.raises(Refused, match=f"mixer.backend=triton runs on GPUs, but {where}; use mixer.backend=auto"):
+        resolve(["mixer.backend=triton", where])
+    assert resolve(["mixer.backend=chunked", where]).config.mixer.backend == "chunked"
+
+
+def test_the_backend_of_mixers_is_one_choice_beside_their_options() -> None:
+    """It stays beside the options in the tree, and is no part of what a run is: kernels can be changed midway."""
+    job = resolve(["mixer.backend=reference"])
+    assert job.config.mixer.backend == "reference"
+    assert list(job.tree["mixer"]) == ["backend", "simple_gla", "softmax"]
+    assert job.config.run.name == resolve([]).config.run.name
+    assert {field.name for field in dataclasses.fields(MixerConfig)} == MIXER_SETTINGS | {"options"}
+    assert not MIXER_SETTINGS & set(Registry().names("mixers"))
+
+
+def test_a_plug_in_mixer_cannot_take_the_name_of_a_shared_setting(tmp_path: Path) -> None:
+    (tmp_path / "conf" / "mixer").mkdir(parents=True)
+    (tmp_path / "conf" / "mixer" / "backend.yaml").write_text("width: 3\n")
+    with pytest.raises(Refused, match=r"backend\.yaml: mixer\.backend is a setting of all mixers.*rename the file"):
+        resolve([f"plugins=[{tmp_path}]"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.backend import Backend
 from longtrain_kernels.delta_scan import DeltaScan
 from longtrain_kernels.delta_scan.reference import delta_scan_reference
 from longtrain_kernels.diagonal_scan import DiagonalScan
@@ -42,7 +43,7 @@ def reference(kind: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 def gradients(results: tuple[Tensor, ...], leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     torch.manual_seed(7)
-    cotangents = [torch.randn(r.shape, dtype=r.dtype) for r in results]
+    cotangents = [torch.randn(r.shape, dtype=torch.float64).to(r.dtype) for r in results]
     return torch.autograd.grad(results, leaves, cotangents, materialize_grads=True)
 
 
@@ -116,9 +117,53 @@ def test_half_precision_inputs_keep_a_float32_state(kind: str) -> None:
 def test_strong_decay_underflows_to_zero_without_nan() -> None:
     q, k, v, _ = inputs("scalar", 130, torch.float32)
     decay = torch.full((2, 130, H), -200.0, requires_grad=True)
-    output, state = DiagonalScan(q, k, v, decay).apply(torch.zeros(2, 130, dtype=torch.int64), None)
+    documents = segment_documents(((0,), (0, 17, 120)), 0, 130)
+    output, state = DiagonalScan(q, k, v, decay).apply(documents, None)
     grads = torch.autograd.grad((output, state), (q, k, v, decay), (torch.ones_like(output), torch.ones_like(state)))
     assert all(torch.isfinite(t).all() for t in (output, state, *grads))
+
+
+def delta_inputs(decay: str, length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """Two key heads for four value heads, beta in (0, 2), decay "none", "scalar" or "vector"."""
+    torch.manual_seed(length)
+    q, k = torch.randn(2, length, 2, K), torch.nn.functional.normalize(torch.randn(2, length, 2, K), dim=-1)
+    v, gate = torch.randn(2, length, 4, V), torch.randn(2, length, 4, K)
+    log_decay = {"none": (), "scalar": (-gate[..., 0].exp(),), "vector": (-gate.exp(),)}[decay]
+    return tuple(t.to(dtype).requires_grad_() for t in (q, k, v, 2 * gate[..., 1].sigmoid(), *log_decay))
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.CHUNKED])
+@pytest.mark.parametrize("decay", ["none", "scalar", "vector"])
+@pytest.mark.parametrize("length", [1, 67])
+def test_key_heads_of_the_delta_scan_serve_several_value_heads(backend: Backend, decay: str, length: int) -> None:
+    tensors = delta_inputs(decay, length)
+    documents = segment_documents(awkward_starts(length, edges=(16, 64)), 0, length) - torch.tensor([[1], [0]])
+    state = torch.randn(2, 4, K, V, dtype=torch.float64, requires_grad=True)
+    got = DeltaScan(*tensors, backend=backend).apply(documents, state)
+    q, k = (t.repeat_interleave(2, dim=2) for t in tensors[:2])
+    log_decay = tensors[4] if decay != "none" else torch.zeros_like(tensors[3])
+    want = delta_scan_reference(q, k, *tensors[2:4], log_decay, documents, state)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+    leaves = (*tensors, state)
+    torch.testing.assert_close(gradients(got, leaves), gradients(want, leaves), **TOLERANCE)
+
+
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_decays_that_underflow_leave_the_delta_scan_exact(decay: str) -> None:
+    # One sum over a chunk would lose the decays of a few after one of 1e30: only those of later tokens count.
+    *tensors, log_decay = delta_inputs(decay, 67, torch.float32)
+    strong = torch.arange(67) % 5 == 3
+    log_decay = torch.where(strong.view(67, *(1,) * (log_decay.dim() - 2)), -1e30, log_decay).detach().requires_grad_()
+    log_decay.data[:, 40:44] = -200.0
+    leaves = (*tensors, log_decay)
+    documents = segment_documents(((0,), (0, 17, 50)), 0, 67)
+    got = DeltaScan(*leaves, backend=Backend.CHUNKED).apply(documents, None)
+    exact = tuple(t.detach().double().requires_grad_() for t in leaves)
+    want = DeltaScan(*exact, backend=Backend.REFERENCE).apply(documents, None)
+    # sums of decays reach 2^11 and float32 rounds them to 2^-13, several in a row
+    close = {"rtol": 2**-11, "atol": 2**-11, "check_dtype": False}
+    torch.testing.assert_close(got, want, **close)
+    torch.testing.assert_close(gradients(got, leaves), gradients(want, exact), **close)
 
 
 @pytest.mark.parametrize("wrong", [{"queries": (2, 8, 3, 4)}, {"values": (2, 7, 3, 4)}, {"log_decay": (2, 8)}])

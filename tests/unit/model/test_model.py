@@ -15,7 +15,9 @@ from longtrain.objectives import next_token
 MIXERS = {
     "softmax": softmax.Config(num_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=1e4),
     "simple_gla": simple_gla.Config(num_heads=2, key_dim=8, value_dim=8, conv_width=4),
-    "gated_delta": gated_delta.Config(num_heads=2, key_dim=8, value_dim=8, conv_width=4),
+    "gated_delta": gated_delta.Config(
+        num_heads=2, key_dim=8, value_dim=8, conv_width=4, num_value_heads=None, allow_negative_eigenvalues=False
+    ),
 }
 
 

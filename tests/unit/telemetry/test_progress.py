@@ -8,7 +8,7 @@ from rich.console import Console
 from longtrain.telemetry.events import CheckpointDone, Event, Started, StepDone, Warned
 from longtrain.telemetry.progress import Progress
 
-STARTED = Started(0, 40, 2048, 2, 2, 1234567, None, 3.2, "runs/tiny")
+STARTED = Started(0, 40, 2048, 2, 2, 1234567, None, 3.2, "runs/tiny", "chunked")
 
 
 class Screen:
@@ -40,10 +40,11 @@ def step(number: int, loss: float = 2.5) -> StepDone:
 def test_header() -> None:
     screen = Screen(terminal=False)
     assert screen.show(STARTED) == [
-        "longtrain: 1,234,567 parameters, context 2k, 2 ranks, sequence parallel over 2, run directory runs/tiny",
+        "longtrain: 1,234,567 parameters, context 2k, 2 ranks, sequence parallel over 2, chunked mixers, "
+        "run directory runs/tiny",
         "from the start: step 0 of 40 is done",
     ]
-    resumed = Started(20, 40, 2048, 1, 1, 5, "runs/tiny/checkpoints/step-00000020", 3.2, "runs/tiny")
+    resumed = Started(20, 40, 2048, 1, 1, 5, "runs/tiny/checkpoints/step-00000020", 3.2, "runs/tiny", "triton")
     header = Screen(terminal=False).show(resumed)
     assert "1 rank, sequence parallel over 1" in header[0]
     assert header[1] == "resumed from runs/tiny/checkpoints/step-00000020: step 20 of 40 is done"
@@ -122,7 +123,7 @@ def test_a_restart_measures_its_own_pace() -> None:
     screen = Screen(terminal=False)
     screen.show(STARTED, step(1), step(2))
     screen.now += 500
-    screen.show(Started(2, 40, 2048, 2, 2, 1234567, "p", 3.2, "runs/tiny"), step(3))
+    screen.show(Started(2, 40, 2048, 2, 2, 1234567, "p", 3.2, "runs/tiny", "chunked"), step(3))
     screen.now += 20
     line = screen.show(step(13))[0]
     assert "ETA 0:00:54" in line and line.endswith("saved at step 2")

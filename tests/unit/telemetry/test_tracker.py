@@ -20,7 +20,7 @@ directory, mode = Path(sys.argv[1]), sys.argv[2]
 warned = []
 settings = {"steps": 2, "hub_token": "canary-secret", "data": {"path": "https://me:canary-secret@example.org/x"}}
 tracker = Tracker(TelemetryConfig(wandb=mode, wandb_project="longtrain"), directory, "tiny", settings, warned.append)
-tracker.event(Started(0, 2, 16, 1, 1, 10, None, 3.2, str(directory)))
+tracker.event(Started(0, 2, 16, 1, 1, 10, None, 3.2, str(directory), "chunked"))
 for step in (1, 2):
     tracker.event(StepDone(step, step * 16, 2.5, 1.0, 1e-3, 0.5, 32.0, 1000, None))
 tracker.close()
