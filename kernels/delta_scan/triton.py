@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from longtrain_kernels.delta_scan.gradients import scalar_gradients, vector_gradients
+from longtrain_kernels.delta_scan.gradients import pair_gradients, scalar_gradients, vector_gradients
 from longtrain_kernels.delta_scan.prepare import scalar_prepare, vector_decay, vector_pairs
 from longtrain_kernels.delta_scan.sweep import backward_sweep, fold, forward_sweep
 from longtrain_kernels.passes import KernelSegment, Passes
@@ -141,23 +141,41 @@ class DeltaPasses(Passes):
         window = s.window * s.per_segment
         states, grad_states = (new(s.sequences, window, s.value, s.key) for _ in range(2))
         errors = new(s.sequences, window, CHUNK, s.value)
-        kernel = vector_gradients if self._vector else scalar_gradients
         for first in range(0, s.segments, s.window):
             count = min(s.window, s.segments - first)
             self._forward("states", s.value_tiles, first, count, states=states, errors=errors)
             self._backward("gradients", first, count, ends=ends, grad_values=grad_values, grad_states=grad_states)
-            chunks = min(count * s.per_segment, s.chunks - first * s.per_segment)
-            kernel[(chunks, s.sequences, shares)](
-                self._grad, self._q, self._k, self._beta, self._documents, self._sums,
-                states, errors, grad_states, grad_values, grad_queries, grad_keys, grad_beta, grad_decay,
-                *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
-                s.length, s.chunks, first * s.per_segment, count * s.per_segment, s.heads, s.heads // s.groups, shares,
-                K=s.key, V=s.value, BLOCK_K=block, BLOCK_V=min(s.block_value, 32), C=CHUNK,
-                PRECISION=self._precision, num_warps=8, num_stages=2,
-            )  # fmt: skip
+            scratch = (states, errors, grad_states, grad_values)
+            self._gradients(first, count, scratch, (grad_queries, grad_keys, grad_beta, grad_decay), block)
         decay = None if self._log_decay is None else grad_decay if self._vector else grad_decay.sum(-1)
         grads = (self._groups(grad_queries), self._groups(grad_keys), grad_values, grad_beta.sum(-1), decay)
         return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, self._dtypes, strict=True))
+
+    def _gradients(
+        self, first: int, window: int, scratch: tuple[Tensor, ...], grads: tuple[Tensor, ...], block: int
+    ) -> None:
+        """Gradients of queries, keys, beta and log_decay for `window` segments; see the kernels."""
+        s = self._sizes
+        first_chunk, chunks = first * s.per_segment, window * s.per_segment
+        grid = (min(chunks, s.chunks - first_chunk), s.sequences)
+        shares = triton.cdiv(s.key, block)
+        position = (s.length, s.chunks, first_chunk, chunks, s.heads)
+        block_value = min(triton.next_power_of_2(max(s.value, 16)), 32)
+        if self._vector:
+            pairs = tuple(self._v.new_empty(s.sequences, chunks, CHUNK, CHUNK) for _ in range(2))
+            pair_gradients[grid](
+                self._grad, self._documents, scratch[1], scratch[3], *pairs, *_strides(self._grad), *position,
+                V=s.value, BLOCK_V=block_value, C=CHUNK, PRECISION=self._precision, num_warps=4, num_stages=3,
+            )  # fmt: skip
+            scratch = (*scratch, *pairs)
+        kernel = vector_gradients if self._vector else scalar_gradients
+        kernel[(*grid, shares)](
+            self._grad, self._q, self._k, self._beta, self._documents, self._sums, *scratch, *grads,
+            *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
+            *position, s.heads // s.groups, shares,
+            K=s.key, V=s.value, BLOCK_K=block, BLOCK_V=block_value, C=CHUNK,
+            PRECISION=self._precision, num_warps=8, num_stages=2,
+        )  # fmt: skip
 
     def _groups(self, grad: Tensor) -> Tensor:
         """[B, L, H, K] -> [B, L, G, K], summed over the value heads of a key head."""
