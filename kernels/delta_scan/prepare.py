@@ -80,19 +80,21 @@ def scalar_prepare(
     chunk = tl.program_id(0).to(tl.int64)
     batch, head = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1).to(tl.int64) % heads
     row = tl.arange(0, C)
-    token = chunk * C + row
-    inside = token < length
+    token = chunk * C
+    inside = row < length - token
     width = tl.arange(0, BLOCK_K)
     mask = inside[:, None] & (width < K)[None, :]
-    group = head // ratio
-    q = tl.load(queries + batch * q_batch + group * q_head + token[:, None] * q_token + width[None, :], mask, 0.0)
-    k = tl.load(keys + batch * k_batch + group * k_head + token[:, None] * k_token + width[None, :], mask, 0.0)
-    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token, inside, 0.0).to(tl.float32)
+    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
+    q = tl.load(queries + row[:, None] * q_token + width[None, :], mask, 0.0)
+    k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0)
+    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
     document, carried, last = chunk_documents(documents, batch, chunk, length, C)
 
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
     if DECAY:
-        gate = tl.load(log_decay + batch * g_batch + head * g_head + token * g_token, inside, 0.0).to(tl.float32)
+        log_decay += batch * g_batch + head * g_head + token * g_token
+        gate = tl.load(log_decay + row * g_token, inside, 0.0).to(tl.float32)
         gate = tl.maximum(gate * LOG2E, LEAST)
         b = tl.sum(tl.where(visible, gate[None, :], 0.0), 1)
     else:
@@ -101,7 +103,7 @@ def scalar_prepare(
     weight = tl.where(visible, tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0) * step[None, :]
 
     at = tl.program_id(1).to(tl.int64) * chunks + chunk
-    tile = at * C * C + row[:, None] * C + row[None, :]
+    tile = at * C * C + (row[:, None] * C + row[None, :])
     p = tl.dot(q, tl.trans(k), input_precision=PRECISION) * weight
     tl.store(scores + tile, p.to(scores.dtype.element_ty))
     a = tl.dot(k, tl.trans(k), input_precision=PRECISION) * weight
@@ -123,17 +125,19 @@ def vector_decay(
     chunk = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
-    group = head // ratio
     row = tl.arange(0, C)
-    token = chunk * C + row
-    inside = token < length
+    token = chunk * C
+    inside = row < length - token
     width = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = inside[:, None] & (width < K)[None, :]
-    q = tl.load(queries + batch * q_batch + group * q_head + token[:, None] * q_token + width[None, :], mask, 0.0)
-    k = tl.load(keys + batch * k_batch + group * k_head + token[:, None] * k_token + width[None, :], mask, 0.0)
-    gate = tl.load(log_decay + batch * g_batch + head * g_head + token[:, None] * g_token + width[None, :], mask, 0.0)
+    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
+    q = tl.load(queries + row[:, None] * q_token + width[None, :], mask, 0.0)
+    k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0)
+    log_decay += batch * g_batch + head * g_head + token * g_token
+    gate = tl.load(log_decay + row[:, None] * g_token + width[None, :], mask, 0.0)
     gate = tl.maximum(gate.to(tl.float32) * LOG2E, LEAST)
-    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token, inside, 0.0).to(tl.float32)
+    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
     document, carried, last = chunk_documents(documents, batch, chunk, length, C)
 
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
@@ -142,7 +146,7 @@ def vector_decay(
     read = tl.where((document == carried)[:, None], tl.exp2(b), 0.0)
     write = tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0) * step[:, None]
     at = sequence * chunks + chunk
-    target = (at * C + row[:, None]) * K + width[None, :]
+    target = at * C * K + (row[:, None] * K + width[None, :])
     stored = (row >= 0)[:, None] & (width < K)[None, :]
     dtype: tl.constexpr = keys.dtype.element_ty
     tl.store(sums + target, b, stored)
@@ -178,15 +182,14 @@ def vector_pairs(
     chunk = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
-    group = head // ratio
     dtype: tl.constexpr = keys.dtype.element_ty
     row = tl.arange(0, C)
     first = row // 16 * 16
     within = tl.arange(0, 16)
-    token = chunk * C + row
-    inside = token < length
-    queries += batch * q_batch + group * q_head
-    keys += batch * k_batch + group * k_head
+    token = chunk * C
+    inside = row < length - token
+    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
     at = sequence * chunks + chunk
     sums += at * C * K
     score = tl.zeros([C, C], tl.float32)
@@ -197,8 +200,8 @@ def vector_pairs(
         width = start + tl.arange(0, BLOCK_K)
         known = (width < K)[None, :]
         mask = inside[:, None] & known
-        q = tl.load(queries + token[:, None] * q_token + width[None, :], mask, 0.0).to(tl.float32)
-        k = tl.load(keys + token[:, None] * k_token + width[None, :], mask, 0.0).to(tl.float32)
+        q = tl.load(queries + row[:, None] * q_token + width[None, :], mask, 0.0).to(tl.float32)
+        k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0).to(tl.float32)
         b = tl.load(sums + row[:, None] * K + width[None, :], known, 0.0)
         for block in range(1, C // 16):
             anchor = tl.load(sums + 16 * block * K + width, width < K, 0.0)
@@ -207,19 +210,20 @@ def vector_pairs(
             score = tl.dot((q * later).to(dtype), decayed, score, input_precision=PRECISION)
             overlap = tl.dot((k * later).to(dtype), decayed, overlap, input_precision=PRECISION)
         for j in range(16):
-            other = chunk * C + first + j
-            key = tl.load(keys + other[:, None] * k_token + width[None, :], (other < length)[:, None] & known, 0.0)
-            sum_ = tl.load(sums + (first + j)[:, None] * K + width[None, :], known, 0.0)
+            other = first + j
+            there = (other < length - token)[:, None] & known
+            key = tl.load(keys + other[:, None] * k_token + width[None, :], there, 0.0)
+            sum_ = tl.load(sums + other[:, None] * K + width[None, :], known, 0.0)
             decayed = key.to(tl.float32) * tl.exp2(tl.minimum(b - sum_, 0.0))
             score_own += tl.where((within == j)[None, :], tl.sum(q * decayed, 1)[:, None], 0.0)
             overlap_own += tl.where((within == j)[None, :], tl.sum(k * decayed, 1)[:, None], 0.0)
 
-    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token, inside, 0.0).to(tl.float32)
+    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
     document, _, _ = chunk_documents(documents, batch, chunk, length, C)
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
     score = tl.where(visible, (score + to_diagonal_blocks(score_own, C)) * step[None, :], 0.0)
     overlap = (overlap + to_diagonal_blocks(overlap_own, C)) * step[None, :]
     overlap = tl.where(visible & (row[:, None] > row[None, :]), overlap, 0.0)
-    tile = at * C * C + row[:, None] * C + row[None, :]
+    tile = at * C * C + (row[:, None] * C + row[None, :])
     tl.store(scores + tile, score.to(dtype))
     tl.store(inverses + tile, unit_lower_inverse(overlap, C, PRECISION).to(dtype))

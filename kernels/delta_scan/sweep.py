@@ -48,16 +48,20 @@ def forward_sweep(
     keys += batch * k_batch + group * k_head
     write_keys += batch * k_batch + group * k_head
     values += batch * v_batch + head * v_head
-    begin = segment * per_segment  # int32: only products with sizes of tensors need more
+    if MODE == "outputs":
+        outputs += (batch * length * heads + head) * V
+    key_tile = row[:, None] * k_token + width[None, :]  # inside a chunk 32 bits are enough
+    square = row[:, None] * C + row[None, :]
+    begin = segment * per_segment
     for chunk in range(begin, tl.minimum(begin + per_segment, chunks)):
-        token = tl.cast(chunk, tl.int64) * C + row
-        mask = (token < length)[:, None] & (width < K)[None, :]
+        token = tl.cast(chunk, tl.int64) * C
+        inside = row < length - chunk * C
+        mask = inside[:, None] & (width < K)[None, :]
         at = sequence * chunks + chunk
-        square = at * C * C + row[:, None] * C + row[None, :]
-        k = tl.load(keys + token[:, None] * k_token + width[None, :], mask, 0.0)
-        value_mask = value_column[:, None] & (token < length)[None, :]
-        v = tl.load(values + token[None, :] * v_token + column[:, None], value_mask, 0.0)
-        inverse = tl.load(inverses + square)
+        k = tl.load(keys + token * k_token + key_tile, mask, 0.0)
+        value_mask = value_column[:, None] & inside[None, :]
+        v = tl.load(values + token * v_token + (row[None, :] * v_token + column[:, None]), value_mask, 0.0)
+        inverse = tl.load(inverses + at * C * C + square)
 
         low = state.to(dtype)
         read = tl.dot(low, tl.trans(k), input_precision=PRECISION)
@@ -70,22 +74,22 @@ def forward_sweep(
             carry = tl.load(carries + at)
         error = tl.dot(residual.to(dtype), tl.trans(inverse), input_precision=PRECISION)
         if MODE == "outputs":
-            q = tl.load(queries + token[:, None] * q_token + width[None, :], mask, 0.0)
+            q = tl.load(queries + token * q_token + (row[:, None] * q_token + width[None, :]), mask, 0.0)
             output = tl.dot(low, tl.trans(q), input_precision=PRECISION)
             if not VECTOR:
                 output = output * scale[None, :]
-            score = tl.load(scores + square)
+            score = tl.load(scores + at * C * C + square)
             output = tl.dot(error.to(dtype), tl.trans(score), output, input_precision=PRECISION)
-            target = ((batch * length + token[None, :]) * heads + head) * V + column[:, None]
-            tl.store(outputs + target, output.to(dtype), value_mask)
+            target = row[None, :] * (heads * V) + column[:, None]
+            tl.store(outputs + token * heads * V + target, output.to(dtype), value_mask)
         if MODE == "states":
             local = sequence * window * per_segment + chunk - first_segment * per_segment
-            target = local * V * K + column[:, None] * K + width[None, :]
-            tl.store(states + target, low, value_column[:, None] & (width < K)[None, :])
-            target = (local * C + row[None, :]) * V + column[:, None]
-            tl.store(errors + target, error.to(dtype), value_column[:, None] & (row < C)[None, :])
+            target = column[:, None] * K + width[None, :]
+            tl.store(states + local * V * K + target, low, value_column[:, None] & (width < K)[None, :])
+            target = row[None, :] * V + column[:, None]
+            tl.store(errors + local * C * V + target, error.to(dtype), value_column[:, None] & (row < C)[None, :])
         if VECTOR:
-            write_key = tl.load(write_keys + token[:, None] * k_token + width[None, :], mask, 0.0)
+            write_key = tl.load(write_keys + token * k_token + key_tile, mask, 0.0)
             state = tl.dot(error.to(dtype), write_key, state * carry, input_precision=PRECISION)
         else:
             scaled = (error * tl.load(writes + at * C + row)[None, :]).to(dtype)
@@ -133,22 +137,26 @@ def backward_sweep(
     write_keys += batch * k_batch + group * k_head
     begin = segment * per_segment
     count = tl.minimum(per_segment, chunks - begin)
+    if MODE == "gradients":
+        grad_values += (batch * length * heads + head) * V
+    key_tile = row[:, None] * k_token + width[None, :]
+    square = row[:, None] * C + row[None, :]
     for step in range(0, count):
         chunk = begin + count - 1 - step
-        token = tl.cast(chunk, tl.int64) * C + row
-        mask = (token < length)[:, None] & (width < K)[None, :]
+        token = tl.cast(chunk, tl.int64) * C
+        inside = row < length - chunk * C
+        mask = inside[:, None] & (width < K)[None, :]
         at = sequence * chunks + chunk
-        square = at * C * C + row[:, None] * C + row[None, :]
-        value_mask = (column < V)[:, None] & (token < length)[None, :]
-        grad = tl.load(grads + token[None, :] * d_token + column[:, None], value_mask, 0.0).to(dtype)
-        k = tl.load(keys + token[:, None] * k_token + width[None, :], mask, 0.0)
-        q = tl.load(queries + token[:, None] * q_token + width[None, :], mask, 0.0)
-        score = tl.load(scores + square)
-        inverse = tl.load(inverses + square)
+        value_mask = (column < V)[:, None] & inside[None, :]
+        grad = tl.load(grads + token * d_token + (row[None, :] * d_token + column[:, None]), value_mask, 0.0).to(dtype)
+        k = tl.load(keys + token * k_token + key_tile, mask, 0.0)
+        q = tl.load(queries + token * q_token + (row[:, None] * q_token + width[None, :]), mask, 0.0)
+        score = tl.load(scores + at * C * C + square)
+        inverse = tl.load(inverses + at * C * C + square)
 
         low = state.to(dtype)
         if VECTOR:
-            write_key = tl.load(write_keys + token[:, None] * k_token + width[None, :], mask, 0.0)
+            write_key = tl.load(write_keys + token * k_token + key_tile, mask, 0.0)
             error = tl.dot(low, tl.trans(write_key), input_precision=PRECISION)
             carry = tl.load(carries + at * K + width, width < K, 0.0)[None, :]
         else:
@@ -158,9 +166,9 @@ def backward_sweep(
         residual = tl.dot(error.to(dtype), inverse, input_precision=PRECISION)
         if MODE == "gradients":
             local = sequence * window * per_segment + chunk - first_segment * per_segment
-            tl.store(grad_states + local * V * K + column[:, None] * K + width[None, :], low, inner)
-            target = ((batch * length + token[None, :]) * heads + head) * V + column[:, None]
-            tl.store(grad_values + target, residual.to(dtype), value_mask)
+            tl.store(grad_states + local * V * K + (column[:, None] * K + width[None, :]), low, inner)
+            target = row[None, :] * (heads * V) + column[:, None]
+            tl.store(grad_values + token * heads * V + target, residual.to(dtype), value_mask)
         if not VECTOR:
             scale = tl.load(reads + at * C + row)[None, :]
             residual = residual * scale

@@ -6,16 +6,42 @@ import torch
 import triton
 from torch import Tensor
 
-from longtrain_kernels.delta_scan.gradients import scalar_gradients, vector_gradients
+from longtrain_kernels.delta_scan.gradients import pair_gradients, scalar_gradients, vector_gradients
 from longtrain_kernels.delta_scan.prepare import scalar_prepare, vector_decay, vector_pairs
 from longtrain_kernels.delta_scan.sweep import backward_sweep, fold, forward_sweep
 from longtrain_kernels.passes import KernelSegment, Passes
 
 CHUNK = 64
-# Programs that keep a GPU of about 132 multiprocessors busy, at two to three on each.
-PROGRAMS = 384
+# One program of a sweep fills a multiprocessor of an H200, which has 132.
+MULTIPROCESSORS = 132
+# Shorter segments cost more in the fold than they gain; longer ones, more scratch in the gradients.
 LEAST_CHUNKS = 8
 MOST_CHUNKS = 128
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """How a kernel is launched: its tile, warps, and stages of the software pipeline."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def _sweep(key: int, value: int, dtype: torch.dtype, vector: bool, backward: bool) -> _Launch:
+    """Value columns of a program: as many as registers hold of the state, with tiles of keys in shared memory."""
+    columns = max(16, triton.next_power_of_2(value))
+    if dtype.itemsize > 2:
+        return _Launch(min(columns, 32), warps=8, stages=1)
+    if key > 128:
+        return _Launch(min(columns, 64), warps=8, stages=1 if vector else 2)
+    block = min(columns, 128)
+    return _Launch(block, warps=8 if block == 128 else 4, stages=2 if vector and backward else 3)
+
+
+def _gradient_launch(key: int, dtype: torch.dtype, vector: bool) -> _Launch:
+    """Key channels of a program of the gradients."""
+    return _Launch(min(key, 128 if dtype.itemsize == 2 and not vector else 64), warps=8, stages=2)
 
 
 @dataclass(frozen=True)
@@ -41,26 +67,16 @@ class _Sizes:
     def block_key(self) -> int:
         return max(16, triton.next_power_of_2(self.key))
 
-    @property
-    def block_value(self) -> int:
-        return max(16, min(64, triton.next_power_of_2(self.value)))
 
-    @property
-    def value_tiles(self) -> int:
-        return triton.cdiv(self.value, self.block_value)
-
-
-def _sizes(keys: Tensor, values: Tensor) -> _Sizes:
+def _sizes(keys: Tensor, values: Tensor, block_value: int) -> _Sizes:
     batch, length, groups, key = keys.shape
     heads, value = values.shape[2:]
     chunks = max(1, triton.cdiv(length, CHUNK))
-    tiles = batch * heads * triton.cdiv(value, 64)
-    wanted = triton.cdiv(PROGRAMS, 2 * tiles)
-    per_segment = min(max(triton.cdiv(chunks, wanted), LEAST_CHUNKS), MOST_CHUNKS)
+    wave = max(1, MULTIPROCESSORS // (batch * heads * triton.cdiv(value, block_value)))
+    segments = min(wave * triton.cdiv(chunks, wave * MOST_CHUNKS), triton.cdiv(chunks, LEAST_CHUNKS))
+    per_segment = triton.cdiv(chunks, segments)
     segments = triton.cdiv(chunks, per_segment)
-    # The scratch of the gradients, some states a chunk, is that of a window.
-    window = min(segments, triton.cdiv(PROGRAMS, tiles))
-    return _Sizes(batch, length, groups, heads, key, value, chunks, per_segment, segments, window)
+    return _Sizes(batch, length, groups, heads, key, value, chunks, per_segment, segments, min(segments, wave))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -71,11 +87,6 @@ def _rows(x: Tensor) -> Tensor:
 def _strides(x: Tensor) -> tuple[int, int, int]:
     """Of batch, token and head."""
     return x.stride(0), x.stride(1), x.stride(2)
-
-
-def _gradient_block(width: int, dtype: torch.dtype, vector: bool) -> int:
-    """Key channels of a program of the gradients: as many as fit into registers and shared memory."""
-    return min(width, (64 if vector else 128) if dtype.itemsize == 2 else 64)
 
 
 class DeltaPasses(Passes):
@@ -91,9 +102,13 @@ class DeltaPasses(Passes):
         if documents.shape[1] == 0:  # the kernels read one column at least
             documents = documents.new_zeros(documents.shape[0], 1)
         self._documents = documents.to(torch.int32).contiguous()
-        self._sizes = _sizes(keys, values)
         self._dtypes = tuple(None if x is None else x.dtype for x in (queries, keys, values, beta, log_decay))
         self._vector = log_decay is not None and log_decay.dim() == 4
+        key, value = keys.shape[-1], values.shape[-1]
+        width = max(16, triton.next_power_of_2(key))
+        self._launches = {back: _sweep(width, value, dtype, self._vector, back) for back in (False, True)}
+        self._gradient_launch = _gradient_launch(width, dtype, self._vector)
+        self._sizes = _sizes(keys, values, self._launches[False].block)
         self._precision = "tf32x3" if dtype == torch.float32 else "tf32"
 
     def summarize(self) -> tuple[Tensor, Tensor]:
@@ -101,8 +116,7 @@ class DeltaPasses(Passes):
         s = self._sizes
         self._prepare()
         self._maps = self._float(s.sequences, s.segments, s.value + s.key, s.key)
-        tiles = s.value_tiles + triton.cdiv(s.key, s.block_value)
-        self._forward("map", tiles, 0, s.segments, locals_=self._maps)
+        self._forward("map", 0, s.segments, locals_=self._maps)
         _, final = self._fold(s.value + s.key, None, self._maps, s.value + s.key)
         state, transition = final.view(s.batch, s.heads, s.value + s.key, s.key).split([s.value, s.key], dim=2)
         return transition.mT.contiguous(), state.mT.contiguous()
@@ -112,7 +126,7 @@ class DeltaPasses(Passes):
         s = self._sizes
         self._starts, _ = self._fold(s.value, state.mT.contiguous(), self._maps, s.value + s.key)
         outputs = self._v.new_empty(s.batch, s.length, s.heads, s.value)
-        self._forward("outputs", s.value_tiles, 0, s.segments, outputs=outputs)
+        self._forward("outputs", 0, s.segments, outputs=outputs)
         return outputs
 
     def adjoint(self, grad: Tensor | None) -> Tensor:
@@ -134,30 +148,45 @@ class DeltaPasses(Passes):
         new = self._v.new_empty
         grad_values = new(s.batch, s.length, s.heads, s.value)
         grad_queries, grad_keys = (new(s.batch, s.length, s.heads, s.key) for _ in range(2))
-        block = _gradient_block(s.block_key, self._v.dtype, self._vector)
-        shares = triton.cdiv(s.key, block)
+        shares = triton.cdiv(s.key, self._gradient_launch.block)
         grad_beta = self._float(s.batch, s.length, s.heads, shares)
         grad_decay = torch.empty_like(grad_queries, dtype=self._dtypes[4]) if self._vector else grad_beta.clone()
         window = s.window * s.per_segment
         states, grad_states = (new(s.sequences, window, s.value, s.key) for _ in range(2))
         errors = new(s.sequences, window, CHUNK, s.value)
-        kernel = vector_gradients if self._vector else scalar_gradients
         for first in range(0, s.segments, s.window):
             count = min(s.window, s.segments - first)
-            self._forward("states", s.value_tiles, first, count, states=states, errors=errors)
+            self._forward("states", first, count, states=states, errors=errors)
             self._backward("gradients", first, count, ends=ends, grad_values=grad_values, grad_states=grad_states)
-            chunks = min(count * s.per_segment, s.chunks - first * s.per_segment)
-            kernel[(chunks, s.sequences, shares)](
-                self._grad, self._q, self._k, self._beta, self._documents, self._sums,
-                states, errors, grad_states, grad_values, grad_queries, grad_keys, grad_beta, grad_decay,
-                *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
-                s.length, s.chunks, first * s.per_segment, count * s.per_segment, s.heads, s.heads // s.groups, shares,
-                K=s.key, V=s.value, BLOCK_K=block, BLOCK_V=min(s.block_value, 32), C=CHUNK,
-                PRECISION=self._precision, num_warps=8, num_stages=2,
-            )  # fmt: skip
+            scratch = (states, errors, grad_states, grad_values)
+            self._gradients(first, count, scratch, (grad_queries, grad_keys, grad_beta, grad_decay))
         decay = None if self._log_decay is None else grad_decay if self._vector else grad_decay.sum(-1)
         grads = (self._groups(grad_queries), self._groups(grad_keys), grad_values, grad_beta.sum(-1), decay)
         return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(grads, self._dtypes, strict=True))
+
+    def _gradients(self, first: int, window: int, scratch: tuple[Tensor, ...], grads: tuple[Tensor, ...]) -> None:
+        """Gradients of queries, keys, beta and log_decay for `window` segments; see the kernels."""
+        s, launch = self._sizes, self._gradient_launch
+        first_chunk, chunks = first * s.per_segment, window * s.per_segment
+        grid = (min(chunks, s.chunks - first_chunk), s.sequences)
+        shares = triton.cdiv(s.key, launch.block)
+        position = (s.length, s.chunks, first_chunk, chunks, s.heads)
+        block_value = min(triton.next_power_of_2(max(s.value, 16)), 32)
+        if self._vector:
+            pairs = tuple(self._v.new_empty(s.sequences, chunks, CHUNK, CHUNK) for _ in range(2))
+            pair_gradients[grid](
+                self._grad, self._documents, scratch[1], scratch[3], *pairs, *_strides(self._grad), *position,
+                V=s.value, BLOCK_V=block_value, C=CHUNK, PRECISION=self._precision, num_warps=4, num_stages=3,
+            )  # fmt: skip
+            scratch = (*scratch, *pairs)
+        kernel = vector_gradients if self._vector else scalar_gradients
+        kernel[(*grid, shares)](
+            self._grad, self._q, self._k, self._beta, self._documents, self._sums, *scratch, *grads,
+            *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
+            *position, s.heads // s.groups, shares,
+            K=s.key, V=s.value, BLOCK_K=launch.block, BLOCK_V=block_value, C=CHUNK,
+            PRECISION=self._precision, num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
 
     def _groups(self, grad: Tensor) -> Tensor:
         """[B, L, H, K] -> [B, L, G, K], summed over the value heads of a key head."""
@@ -187,7 +216,7 @@ class DeltaPasses(Passes):
             *_strides(self._q), *_strides(self._k), *_strides(self._beta), *_strides(gate),
             s.length, s.chunks, s.heads, s.heads // s.groups,
             K=s.key, BLOCK_K=s.block_key, C=CHUNK, DECAY=self._log_decay is not None, PRECISION=self._precision,
-            num_warps=4,
+            num_warps=4 if self._v.dtype.itemsize == 2 else 8,
         )  # fmt: skip
 
     def _prepare_vector(self) -> None:
@@ -211,11 +240,15 @@ class DeltaPasses(Passes):
         vector_pairs[(s.chunks, s.sequences)](
             self._q, self._k, self._beta, self._documents, self._sums, self._inverses, self._scores,
             *inputs, s.length, s.chunks, s.heads, s.heads // s.groups,
-            K=s.key, BLOCK_K=block, C=CHUNK, PRECISION=self._precision, num_warps=4,
+            K=s.key, BLOCK_K=block, C=CHUNK, PRECISION=self._precision,
+            num_warps=4 if self._v.dtype.itemsize == 2 else 8,
         )  # fmt: skip
 
-    def _forward(self, mode: str, tiles: int, first: int, window: int, **results: Tensor) -> None:
-        s = self._sizes
+    def _forward(self, mode: str, first: int, window: int, **results: Tensor) -> None:
+        s, launch = self._sizes, self._launches[False]
+        tiles = triton.cdiv(s.value, launch.block)
+        if mode == "map":
+            tiles += triton.cdiv(s.key, launch.block)
         unused = self._sums
         forward_sweep[(tiles, s.sequences * window)](
             *self._operands, self._v, self._inverses, self._scores, self._reads, self._writes, self._carries,
@@ -223,22 +256,22 @@ class DeltaPasses(Passes):
             results.get("states", unused), results.get("errors", unused),
             *_strides(self._operands[0]), *_strides(self._operands[1]), *_strides(self._v),
             s.length, s.chunks, s.segments, s.per_segment, first, window, s.heads, self._ratio,
-            K=s.key, V=s.value, BLOCK_K=s.block_key, BLOCK_V=s.block_value, C=CHUNK,
-            MODE=mode, VECTOR=self._vector, PRECISION=self._precision, num_warps=4, num_stages=2,
+            K=s.key, V=s.value, BLOCK_K=s.block_key, BLOCK_V=launch.block, C=CHUNK,
+            MODE=mode, VECTOR=self._vector, PRECISION=self._precision, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
     def _backward(self, mode: str, first: int, window: int, **results: Tensor) -> None:
-        s = self._sizes
+        s, launch = self._sizes, self._launches[True]
         unused = self._sums
-        backward_sweep[(s.value_tiles, s.sequences * window)](
+        backward_sweep[(triton.cdiv(s.value, launch.block), s.sequences * window)](
             self._grad, *self._operands, self._inverses, self._scores,
             self._reads, self._writes, self._carries,
             results.get("ends", unused), results.get("locals_", unused),
             results.get("grad_values", unused), results.get("grad_states", unused),
             *_strides(self._grad), *_strides(self._operands[0]), *_strides(self._operands[1]),
             s.length, s.chunks, s.segments, s.per_segment, first, window, s.heads, self._ratio,
-            K=s.key, V=s.value, BLOCK_K=s.block_key, BLOCK_V=s.block_value, C=CHUNK,
-            MODE=mode, VECTOR=self._vector, PRECISION=self._precision, num_warps=4, num_stages=2,
+            K=s.key, V=s.value, BLOCK_K=s.block_key, BLOCK_V=launch.block, C=CHUNK,
+            MODE=mode, VECTOR=self._vector, PRECISION=self._precision, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
     def _fold(
