@@ -22,6 +22,16 @@ def default_backend(device: torch.device) -> Backend:
     return Backend.TRITON if device.type == "cuda" else Backend.CHUNKED
 
 
+def scan_backend(asked: Backend | None, values: Tensor) -> Backend:
+    """What a scan of `values` runs on. Raises ValueError for Triton and float64, which its kernels do not compute."""
+    wide = values.dtype == torch.float64
+    if asked is None:
+        return Backend.CHUNKED if wide else default_backend(values.device)
+    if asked is Backend.TRITON and wide:
+        raise ValueError("values are float64, which Triton's kernels do not compute: use another backend or dtype")
+    return asked
+
+
 def expand_heads(x: Tensor, heads: int) -> Tensor:
     """[B, L, G, ...] -> [B, L, H, ...]: each of G key heads serves H / G value heads in a row."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)

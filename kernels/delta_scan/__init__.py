@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype, run
-from longtrain_kernels.backend import Backend, default_backend, expand_heads
+from longtrain_kernels.backend import Backend, expand_heads, scan_backend
 from longtrain_kernels.delta_scan.chunked import delta_segment_chunked
 from longtrain_kernels.delta_scan.reference import delta_segment_reference
 
@@ -66,7 +66,7 @@ class DeltaScan:
 
     def summarize(self, documents: Tensor) -> Segment:
         """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
-        backend = self._backend()
+        backend = scan_backend(self.backend, self.values)
         if backend is Backend.TRITON:
             # Triton is not on every platform.
             from longtrain_kernels.delta_scan.triton import delta_segment_triton  # noqa: PLC0415
@@ -79,11 +79,3 @@ class DeltaScan:
             log_decay = torch.zeros_like(self.beta, dtype=accumulator_dtype(self.values.dtype))
         segment = delta_segment_reference if backend is Backend.REFERENCE else delta_segment_chunked
         return segment(q, k, self.values, self.beta, log_decay, documents)
-
-    def _backend(self) -> Backend:
-        wide = self.values.dtype == torch.float64
-        if self.backend is None:
-            return Backend.CHUNKED if wide else default_backend(self.values.device)
-        if self.backend is Backend.TRITON and wide:
-            raise ValueError("values are float64, which Triton's kernels do not compute: use another backend or dtype")
-        return self.backend

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype, run
-from longtrain_kernels.backend import Backend, default_backend, expand_heads
+from longtrain_kernels.backend import Backend, expand_heads, scan_backend
 from longtrain_kernels.diagonal_scan.chunked import diagonal_segment_chunked
 from longtrain_kernels.diagonal_scan.reference import diagonal_segment_reference
 
@@ -60,7 +60,7 @@ class DiagonalScan:
 
     def summarize(self, documents: Tensor) -> Segment:
         """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
-        backend = self.backend or default_backend(self.values.device)
+        backend = scan_backend(self.backend, self.values)
         if backend is Backend.TRITON and self.values.shape[1] > 0:
             # At the point of use: Triton is not installed on every platform.
             from longtrain_kernels.diagonal_scan.triton import diagonal_segment_triton  # noqa: PLC0415
