@@ -4,9 +4,9 @@ A sequence lists key-value pairs and then asks for the value of every key (Arora
 model of a few layers of one mixer is trained from scratch for each learning rate, on the same batches for the same
 number of steps with the same size of state; the best final accuracy counts. What to expect: softmax, which keeps every
 token, and the delta rule (delta_net, gated_delta, kda), which overwrites one association without disturbing others,
-solve it up to about as many pairs as keys have channels; mixers that only add and decay (mamba2, simple_gla, gla,
-hgrn2) need more state, and more steps, for as many pairs; without a convolution (retention, lightning, linear_attention, gla, hgrn2) a
-value must find its key by decay or rotation alone, and plain linear attention, which has neither, stays near chance.
+solve it up to about as many pairs as keys have channels. Mixers that only add and decay (mamba2, simple_gla, gla,
+hgrn2) need more state, and more steps, for as many pairs. Without a convolution (retention, lightning, gla, hgrn2) a
+value must find its key by decay or rotation alone; linear_attention has neither, and guesses among a sequence's values.
 """
 
 import time
