@@ -4,9 +4,9 @@ A sequence lists key-value pairs and then asks for the value of every key (Arora
 model of a few layers of one mixer is trained from scratch for each learning rate, on the same batches for the same
 number of steps with the same size of state; the best final accuracy counts. What to expect: softmax, which keeps every
 token, and the delta rule (delta_net, gated_delta, kda), which overwrites one association without disturbing others,
-solve it up to about as many pairs as keys have channels; mixers that only add and decay (mamba2, simple_gla, gla,
-hgrn2) need more state for as many pairs; without a convolution (retention, lightning, linear_attention, gla, hgrn2) a
-value must find its key by decay or rotation alone, and plain linear attention, which has neither, stays near chance.
+solve it up to about as many pairs as keys have channels. Mixers that only add and decay (mamba2, simple_gla, gla,
+hgrn2) need more state, and more steps, for as many pairs. Without a convolution (retention, lightning, gla, hgrn2) a
+value must find its key by decay or rotation alone; linear_attention has neither, and guesses among a sequence's values.
 """
 
 import time
@@ -58,7 +58,7 @@ class Task:
     learning_rates: tuple[float, ...]
 
 
-GPU = Task((4, 8, 16, 32, 64), 256, 2, 2, 32, 1200, 256, (1e-3, 3e-3))
+GPU = Task((4, 8, 16, 32, 64), 256, 2, 2, 32, 1200, 256, (3e-3, 1e-2))
 CPU = Task((2, 4, 8), 32, 2, 2, 16, 800, 32, (3e-3,))
 
 
@@ -224,6 +224,6 @@ def _print(console: Console, cells: list[str], style: str | None = None) -> None
     """One row; columns have fixed widths, so that it can be printed before the next is known."""
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for position in range(len(cells)):
-        table.add_column(width=9 if position else 16, no_wrap=True, justify="right" if position else "left")
+        table.add_column(width=9 if position else 18, no_wrap=True, justify="right" if position else "left")
     table.add_row(*(Text(cell, style=style or "") for cell in cells))
     console.print(table)
