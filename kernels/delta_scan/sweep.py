@@ -62,22 +62,25 @@ def forward_sweep(
         value_mask = value_column[:, None] & inside[None, :]
         v = tl.load(values + token * v_token + (row[None, :] * v_token + column[:, None]), value_mask, 0.0)
         inverse = tl.load(inverses + at * C * C + square)
+        # Loaded before the products, which then cover the wait.
+        if VECTOR:
+            carry = tl.load(carries + at * K + width, width < K, 0.0)[None, :]
+        else:
+            carry = tl.load(carries + at)
+            scale = tl.load(reads + at * C + row)[None, :]
+            write = tl.load(writes + at * C + row)[None, :]
 
         low = state.to(dtype)
         read = tl.dot(low, tl.trans(k), input_precision=PRECISION)
-        if VECTOR:
-            residual = v.to(tl.float32) - read
-            carry = tl.load(carries + at * K + width, width < K, 0.0)[None, :]
-        else:
-            scale = tl.load(reads + at * C + row)
-            residual = v.to(tl.float32) - read * scale[None, :]
-            carry = tl.load(carries + at)
+        if not VECTOR:
+            read = read * scale
+        residual = v.to(tl.float32) - read
         error = tl.dot(residual.to(dtype), tl.trans(inverse), input_precision=PRECISION)
         if MODE == "outputs":
             q = tl.load(queries + token * q_token + (row[:, None] * q_token + width[None, :]), mask, 0.0)
             output = tl.dot(low, tl.trans(q), input_precision=PRECISION)
             if not VECTOR:
-                output = output * scale[None, :]
+                output = output * scale
             score = tl.load(scores + at * C * C + square)
             output = tl.dot(error.to(dtype), tl.trans(score), output, input_precision=PRECISION)
             target = row[None, :] * (heads * V) + column[:, None]
@@ -92,8 +95,7 @@ def forward_sweep(
             write_key = tl.load(write_keys + token * k_token + key_tile, mask, 0.0)
             state = tl.dot(error.to(dtype), write_key, state * carry, input_precision=PRECISION)
         else:
-            scaled = (error * tl.load(writes + at * C + row)[None, :]).to(dtype)
-            state = tl.dot(scaled, k, state * carry, input_precision=PRECISION)
+            state = tl.dot((error * write).to(dtype), k, state * carry, input_precision=PRECISION)
 
     if MODE == "map":
         # Rows of `locals_`: V columns of the state from zero, then K of the transition.
@@ -153,15 +155,19 @@ def backward_sweep(
         q = tl.load(queries + token * q_token + (row[:, None] * q_token + width[None, :]), mask, 0.0)
         score = tl.load(scores + at * C * C + square)
         inverse = tl.load(inverses + at * C * C + square)
+        if VECTOR:
+            carry = tl.load(carries + at * K + width, width < K, 0.0)[None, :]
+            write_key = tl.load(write_keys + token * k_token + key_tile, mask, 0.0)
+        else:
+            carry = tl.load(carries + at)
+            scale = tl.load(reads + at * C + row)[None, :]
+            write = tl.load(writes + at * C + row)[None, :]
 
         low = state.to(dtype)
         if VECTOR:
-            write_key = tl.load(write_keys + token * k_token + key_tile, mask, 0.0)
             error = tl.dot(low, tl.trans(write_key), input_precision=PRECISION)
-            carry = tl.load(carries + at * K + width, width < K, 0.0)[None, :]
         else:
-            error = tl.dot(low, tl.trans(k), input_precision=PRECISION) * tl.load(writes + at * C + row)[None, :]
-            carry = tl.load(carries + at)
+            error = tl.dot(low, tl.trans(k), input_precision=PRECISION) * write
         error = tl.dot(grad, score, error, input_precision=PRECISION)
         residual = tl.dot(error.to(dtype), inverse, input_precision=PRECISION)
         if MODE == "gradients":
@@ -170,7 +176,6 @@ def backward_sweep(
             target = row[None, :] * (heads * V) + column[:, None]
             tl.store(grad_values + token * heads * V + target, residual.to(dtype), value_mask)
         if not VECTOR:
-            scale = tl.load(reads + at * C + row)[None, :]
             residual = residual * scale
             grad = (grad.to(tl.float32) * scale).to(dtype)
         state = tl.dot(grad, q, state * carry, input_precision=PRECISION)

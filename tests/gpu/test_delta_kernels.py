@@ -51,7 +51,7 @@ def inputs(decay: str, length: int, key: int, value: int, dtype: torch.dtype, st
 def errors(tensors: tuple[Tensor, ...], documents: Tensor, value: int) -> dict[str, float]:
     """Largest differences from the loop in float64, relative to the largest true number.
 
-    The gradient of a log-decay is the sum of terms q dq and k dk, which may cancel: it is relative to the larger factor.
+    The gradient of a log-decay is a sum of terms q dq and k dk, which may cancel: it is relative to the larger factor.
     """
     state = torch.randn(2, H, tensors[1].shape[-1], value, device="cuda", requires_grad=True)
     runs = []
