@@ -13,33 +13,51 @@ the cotangent of S, dk for (v, do, q), transposed, and dv for (k, q, do).
 import triton
 import triton.language as tl
 
-from longtrain_kernels.diagonal_scan.chunk import boundary_state, describe, load_documents, load_tile
+from longtrain_kernels.diagonal_scan.chunk import boundary_state, describe, load_tile
+
+
+@triton.jit
+def _add_within(left_sum, left_edge, left_cut, left_chunk, right_sum, right_edge, right_cut, right_chunk):
+    """Sums that start anew at edges, and whether a cut lies between the start of the chunk and here."""
+    total = tl.where(right_edge, right_sum, left_sum + right_sum)
+    return total, left_edge | right_edge, right_cut | (left_cut & ~right_chunk), left_chunk | right_chunk
 
 
 @triton.jit
 def weigh_chunks(
     log_decay, documents, weights, factors, length, heads, chunks, stride_b, stride_l, stride_h,
-    UNIT: tl.constexpr, CHUNK: tl.constexpr,
+    UNIT: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """log_decay [B, L, H] -> weights [B H, chunks, 3, CHUNK]: b in units of `UNIT`, head, tail; factors [B H, chunks].
 
-    Each b is a sum of its own masked terms: a running sum of the chunk would carry a document's rounding into the next.
+    Sums never run over an edge of documents: one document's rounding would enter the next. BLOCK is whole chunks.
     """
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row = tl.program_id(1)
     batch, head = (row // heads).to(tl.int64), row % heads
-    begin = chunk * CHUNK
-    rows = tl.arange(0, CHUNK)
-    own, before, last = load_documents(documents + batch * length, begin, length, CHUNK)
-    pointers = log_decay + batch * stride_b + (begin + rows).to(tl.int64) * stride_l + head * stride_h
-    terms = tl.load(pointers, mask=begin + rows < length, other=0.0).to(tl.float32) * UNIT
-    same = own[:, None] == own[None, :]
-    b = tl.sum(tl.where(same & (rows[:, None] >= rows[None, :]), terms[None, :], 0.0), axis=1)
-    total = tl.sum(tl.where(rows == CHUNK - 1, b, 0.0), axis=0)
-    at = row.to(tl.int64) * chunks + chunk
-    tl.store(weights + at * 3 * CHUNK + rows, b)
-    tl.store(weights + (at * 3 + 1) * CHUNK + rows, tl.where(own == before, tl.exp2(b), 0.0))
-    tl.store(weights + (at * 3 + 2) * CHUNK + rows, tl.where(own == last, tl.exp2(total - b), 0.0))
-    tl.store(factors + at, tl.where(before == last, tl.exp2(total), 0.0))
+    documents += batch * length
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < length
+    pointers = log_decay + batch * stride_b + rows.to(tl.int64) * stride_l + head * stride_h
+    terms = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * UNIT
+    own = tl.load(documents + tl.minimum(rows, length - 1))
+    before = tl.load(documents + tl.minimum(rows, length) - 1, mask=rows > 0, other=0)
+    starts, chunk_starts = own != before, rows % CHUNK == 0
+    b, _, cut, _ = tl.associative_scan((terms, starts | chunk_starts, starts, chunk_starts), 0, _add_within)
+    # Decays behind each row, to the end of its chunk or document.
+    after = tl.load(documents + tl.minimum(rows + 1, length - 1))
+    ends, chunk_ends = own != after, rows % CHUNK == CHUNK - 1
+    stops = ends | chunk_ends
+    pointers += stride_l
+    later = tl.load(pointers, mask=(rows + 1 < length) & ~stops, other=0.0).to(tl.float32) * UNIT
+    rest, _, cut_behind, _ = tl.associative_scan(
+        (later, stops, ends & ~chunk_ends, chunk_ends), 0, _add_within, reverse=True
+    )
+    at = row.to(tl.int64) * chunks + rows // CHUNK
+    stored = rows < chunks * CHUNK
+    tl.store(weights + at * 3 * CHUNK + rows % CHUNK, b, mask=stored)
+    tl.store(weights + (at * 3 + 1) * CHUNK + rows % CHUNK, tl.where(cut, 0.0, tl.exp2(b)), mask=stored)
+    tl.store(weights + (at * 3 + 2) * CHUNK + rows % CHUNK, tl.where(cut_behind, 0.0, tl.exp2(rest)), mask=stored)
+    tl.store(factors + at, tl.where(cut, 0.0, tl.exp2(b)), mask=stored & chunk_ends)
 
 
 @triton.jit
@@ -145,12 +163,6 @@ def scan_segments(
 
 
 @triton.jit
-def _add_within(left_value, left_start, right_value, right_start):
-    """Sums that start anew: the second part of a pair of (sum, whether it started anew) wins where it did."""
-    return tl.where(right_start, right_value, left_value + right_value), left_start | right_start
-
-
-@triton.jit
 def decay_gradients(
     products_q, products_k, ends, documents, grad, length, heads, padded, segment_tokens, tiles_q, tiles_k,
     BLOCK: tl.constexpr,
@@ -177,7 +189,8 @@ def decay_gradients(
             terms -= tl.load(products_k + tile * plane + before_row + rows, mask=inside, other=0.0)
         own = tl.load(documents + tl.minimum(rows, length - 1))
         after = tl.load(documents + tl.minimum(rows + 1, length - 1))
-        sums, ended = tl.associative_scan((terms, inside & (own != after)), 0, _add_within, reverse=True)
+        edges = inside & (own != after)
+        sums, ended, _, _ = tl.associative_scan((terms, edges, edges, rows < 0), 0, _add_within, reverse=True)
         sums = tl.where(ended, sums, sums + carried)
         tl.store(grad + before_row + rows, sums, mask=inside)
         before = tl.load(documents + rows - 1, mask=rows > 0, other=0)

@@ -240,9 +240,10 @@ class DiagonalPasses(Passes):
         length, heads, chunks, _ = self.sizes
         weights = torch.empty(self.rows, chunks, 3, self.plan.chunk, dtype=torch.float32, device=self.log_decay.device)
         factors = weights.new_empty(self.rows, chunks)
-        scalar_kernels.weigh_chunks[chunks, self.rows](
+        block = max(1024, self.plan.chunk)
+        scalar_kernels.weigh_chunks[triton.cdiv(chunks * self.plan.chunk, block), self.rows](
             self.log_decay, self.documents, weights, factors, length, heads, chunks, *self.log_decay.stride(),
-            UNIT=LOG2_E, CHUNK=self.plan.chunk, num_warps=2,
+            UNIT=LOG2_E, CHUNK=self.plan.chunk, BLOCK=block,
         )  # fmt: skip
         return weights, factors
 

@@ -16,24 +16,21 @@ REFERENCE = partial(DiagonalScan, backend=Backend.REFERENCE)
 # Relative error norms. bfloat16 operands round to 2^-9, and gradients pass through several; float16 inputs are
 # multiplied as tf32 with its 10 bits; float32 as three tf32 products.
 TOLERANCES = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 2e-5}
-# The gradient of decays sums differences q dq - k dk over later tokens. Over all tokens, as a constant decay would have
-# it, bfloat16 leaves little of it; constant decays are not trained, and the interpreter covers them in float32.
-CANCELLATION = {"none": 1.0, "constant": 1.0, "scalar": 3.0, "vector": 6.0}
+KINDS = ("none", "constant", "scalar", "vector")
 
 
 def excess(kind: str, shape: tuple[int, ...], dtype: torch.dtype, packed: bool, decay_scale: float = 1.0) -> list[str]:
     """Errors beyond their tolerance."""
     batch, length, *_ = shape
     inputs = scan_inputs(kind, shape, dtype, "cuda", decay_scale)  # type: ignore[arg-type]
-    if kind == "constant":
-        inputs["log_decay"].requires_grad_(False)
     documents = packed_documents(batch, length) if packed else torch.zeros(batch, length, dtype=torch.int64)
     errors = scan_errors(TRITON, REFERENCE, inputs, documents.cuda())
-    bounds = dict.fromkeys(errors, TOLERANCES[dtype]) | {"d_log_decay": CANCELLATION[kind] * TOLERANCES[dtype]}
+    # that of decays adds up the errors of many tokens
+    bounds = dict.fromkeys(errors, TOLERANCES[dtype]) | {"d_log_decay": 6 * TOLERANCES[dtype]}
     return [f"{name}: {error:.1e}" for name, error in errors.items() if not error < bounds[name]]
 
 
-@pytest.mark.parametrize("kind", CANCELLATION)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [1, 63, 65, 1000])
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 def test_bfloat16_lengths(kind: str, length: int, packed: bool) -> None:

@@ -21,8 +21,6 @@ REFERENCE = partial(DiagonalScan, backend=Backend.REFERENCE)
 def test_kernels_are_the_recurrence(kind: str, length: int) -> None:
     inputs = scan_inputs(kind, (2, length, 1, 2, 20, 9), torch.float32)
     errors = scan_errors(TRITON, REFERENCE, inputs, packed_documents(2, length))
-    if kind == "constant":  # its gradient sums q dq - k dk over all tokens, most of which cancels
-        assert errors.pop("d_log_decay") < 20 * TOLERANCE
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -31,5 +29,4 @@ def test_decays_that_one_anchor_does_not_reach(decay_scale: float) -> None:
     # 32 tokens decay by exp(-128) and exp(-1280): such segments go a token at a time
     inputs = scan_inputs("vector", (1, 75, 1, 1, 16, 16), torch.float32, decay_scale=decay_scale)
     errors = scan_errors(TRITON, REFERENCE, inputs, packed_documents(1, 75))
-    assert errors.pop("d_log_decay") < 5 * TOLERANCE  # differences q dq - k dk of what hardly depends on the decay
     assert max(errors.values()) < TOLERANCE, errors
