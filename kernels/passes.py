@@ -21,6 +21,9 @@ class Passes(ABC):
     They keep what later ones need as attributes. States and maps are float32, and not differentiated through.
     """
 
+    adjoined = False
+    """Whether `adjoint` has been called."""
+
     @abstractmethod
     def summarize(self) -> tuple[Tensor, Tensor]:
         """The segment's transition M and its final state from the zero state [B, H, K, V]."""
@@ -65,6 +68,8 @@ class _Summary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad_state: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if not ctx.passes.adjoined:  # nothing depends on the outputs
+            ctx.passes.adjoint(None)
         return None, *ctx.passes.gradients(grad_state)
 
 
@@ -78,4 +83,5 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
+        ctx.passes.adjoined = True
         return None, torch.zeros_like(order), ctx.passes.adjoint(grad)

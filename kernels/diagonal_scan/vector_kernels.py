@@ -18,6 +18,7 @@ float32: for 64 tokens that forget less than 72 % of a channel each, on average.
 `far_kernels`.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 import triton
 import triton.language as tl
 
@@ -218,12 +219,13 @@ def finish_gradients(
     tile, segment, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     is_far = tl.load(far + row.to(tl.int64) * tl.num_programs(1) + segment) == 1
     batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    q += batch * q_b + (head // GROUP) * q_h
-    k += batch * k_b + (head // GROUP) * k_h
-    gates += batch * gates_b + head * gates_h
-    query_grads += batch * out_b + head * out_h
-    key_grads += batch * out_b + head * out_h
-    gate_grads += batch * grads_b + head * grads_h
+    q = describe(q, batch, head // GROUP, q_b, q_l, q_h, length, WIDTH, CHUNK, BLOCK)
+    k = describe(k, batch, head // GROUP, k_b, k_l, k_h, length, WIDTH, CHUNK, BLOCK)
+    gates = describe(gates, batch, head, gates_b, gates_l, gates_h, length, WIDTH, CHUNK, BLOCK)
+    query_grads = describe(query_grads, batch, head, out_b, out_l, out_h, length, WIDTH, CHUNK, BLOCK)
+    key_grads = describe(key_grads, batch, head, out_b, out_l, out_h, length, WIDTH, CHUNK, BLOCK)
+    if GATE_GRADS:
+        gate_grads = describe(gate_grads, batch, head, grads_b, grads_l, grads_h, length, WIDTH, CHUNK, BLOCK)
     rows, columns = tl.arange(0, CHUNK), tile * BLOCK + tl.arange(0, BLOCK)
     at = row.to(tl.int64) * (tl.num_programs(1) + 1) + segment + 1
     later_sums = tl.load(ends + at * WIDTH + columns, mask=(columns < WIDTH) & GATE_GRADS, other=0.0)
@@ -231,19 +233,17 @@ def finish_gradients(
     count = tl.minimum(segment_chunks, chunks - first)
     for step in range(count):
         chunk = first + count - 1 - step
-        begin = chunk * CHUNK
-        gate_tile = load_tile(gates, begin, length, gates_l, columns, WIDTH, CHUNK)
-        query_grad = load_tile(query_grads, begin, length, out_l, columns, WIDTH, CHUNK).to(tl.float32)
-        key_grad = load_tile(key_grads, begin, length, out_l, columns, WIDTH, CHUNK).to(tl.float32)
+        place = [chunk * CHUNK, tile * BLOCK]
         start, end, head_rows, tail_rows, passes = _chunk(bounds, continues, batch * chunks + chunk, CHUNK)
-        b = sum_decays(gate_tile, start, CHUNK)
-        query_grad *= tl.where(is_far, 1.0, tl.exp2(b + ANCHOR))
-        key_grad *= tl.where(is_far, 1.0, tl.exp2(-b - ANCHOR))
-        store_tile(query_grads, query_grad, begin, length, out_l, columns, WIDTH, CHUNK)
-        store_tile(key_grads, key_grad, begin, length, out_l, columns, WIDTH, CHUNK)
+        b = sum_decays(gates.load(place), start, CHUNK)
+        query_grad = query_grads.load(place) * tl.where(is_far, 1.0, tl.exp2(b + ANCHOR))
+        query_grads.store(place, query_grad.to(query_grads.dtype))
         if GATE_GRADS:
-            terms = load_tile(q, begin, length, q_l, columns, WIDTH, CHUNK) * query_grad
-            terms -= load_tile(k, begin, length, k_l, columns, WIDTH, CHUNK) * key_grad
+            terms = q.load(place) * query_grad
+        key_grad = key_grads.load(place) * tl.where(is_far, 1.0, tl.exp2(-b - ANCHOR))
+        key_grads.store(place, key_grad.to(key_grads.dtype))
+        if GATE_GRADS:
+            terms -= k.load(place) * key_grad
             later = (rows[None, :] >= rows[:, None]) & (rows[None, :] <= end[:, None])
             later = tl.where(later, 1.0, 0.0)
             if HALF:
@@ -255,6 +255,6 @@ def finish_gradients(
             else:
                 sums = tl.dot(later, terms, input_precision="tf32x3")
             sums += tl.where(tail_rows[:, None], later_sums[None, :], 0.0)
-            store_tile(gate_grads, sums, begin, length, grads_l, columns, WIDTH, CHUNK)
+            gate_grads.store(place, sums.to(gate_grads.dtype))
             passed = tl.where(passes, later_sums, 0.0)
             later_sums = tl.sum(tl.where(head_rows[:, None], terms, 0.0), axis=0) + passed

@@ -11,6 +11,7 @@ import torch
 CACHE_FLUSH_BYTES = 2**28
 """Written before each repetition: several times the last-level cache of any GPU."""
 MOST_REPEATS = 500
+PAUSE_CYCLES_PER_SECOND = 2e9  # above the clock of any GPU: a pause is never shorter than asked
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Timing:
     median_ms: float
     p20_ms: float
     p80_ms: float
+    host_ms: float
+    """What the host needs to queue the call; above the median, calls in a row are bound by the host."""
     repeats: int
     peak_bytes: int | None
     """None on a CPU."""
@@ -40,8 +43,8 @@ class Ceilings:
 def measure(call: Callable[[], object], device: torch.device, repeats: int, seconds: float) -> Timing:
     """Time `call` from a cold cache: at least `repeats` times, and for about `seconds` where it is short.
 
-    On CUDA repetitions are queued one behind the other and timed by events, so that the host's work of a call is only
-    seen where it takes longer than the device's. The first calls, which compile, are not counted.
+    On CUDA a repetition is queued behind a pause as long as the host needs to queue it, and timed by events: this is
+    the device's time, as in a model that keeps it busy. The first calls, which compile, are not counted.
     """
     gc.collect()
     return (_measure_cuda if device.type == "cuda" else _measure_cpu)(call, device, repeats, seconds)
@@ -56,17 +59,20 @@ def _measure_cuda(call: Callable[[], object], device: torch.device, repeats: int
     before = torch.cuda.memory_allocated(device)
     started = time.perf_counter()
     call()
+    host = time.perf_counter() - started
     torch.cuda.synchronize(device)
     count = _repetitions(time.perf_counter() - started, repeats, seconds)
+    pause = int(2 * host * PAUSE_CYCLES_PER_SECOND)
     peak = torch.cuda.max_memory_allocated(device) - before
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in events:
         flush.zero_()
+        torch.cuda._sleep(pause)
         start.record()
         call()
         end.record()
     torch.cuda.synchronize(device)
-    return _timing([start.elapsed_time(end) for start, end in events], peak)
+    return _timing([start.elapsed_time(end) for start, end in events], host * 1e3, peak)
 
 
 def _measure_cpu(call: Callable[[], object], device: torch.device, repeats: int, seconds: float) -> Timing:
@@ -78,17 +84,17 @@ def _measure_cpu(call: Callable[[], object], device: torch.device, repeats: int,
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)
-    return _timing(times, None)
+    return _timing(times, statistics.median(times), None)
 
 
 def _repetitions(once: float, repeats: int, seconds: float) -> int:
     return max(repeats, min(MOST_REPEATS, int(seconds / max(once, 1e-6))))
 
 
-def _timing(times: list[float], peak_bytes: int | None) -> Timing:
+def _timing(times: list[float], host_ms: float, peak_bytes: int | None) -> Timing:
     ordered = sorted(times)
     p20, p80 = (ordered[round(share * (len(ordered) - 1))] for share in (0.2, 0.8))
-    return Timing(statistics.median(ordered), p20, p80, len(ordered), peak_bytes)
+    return Timing(statistics.median(ordered), p20, p80, host_ms, len(ordered), peak_bytes)
 
 
 def measure_ceilings(device: torch.device, repeats: int, seconds: float) -> Ceilings:

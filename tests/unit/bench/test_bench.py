@@ -154,7 +154,7 @@ def test_finished_rows_survive_a_kill(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_spread_is_of_the_sorted_times() -> None:
-    timing = _timing([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], None)
+    timing = _timing([5.0, 1.0, 3.0, 2.0, 4.0, 6.0], 0.5, None)
     assert (timing.median_ms, timing.p20_ms, timing.p80_ms, timing.repeats) == (3.5, 2.0, 5.0, 6)
 
 

@@ -30,3 +30,15 @@ def test_decays_that_one_anchor_does_not_reach(decay_scale: float) -> None:
     inputs = scan_inputs("vector", (1, 75, 1, 1, 16, 16), torch.float32, decay_scale=decay_scale)
     errors = scan_errors(TRITON, REFERENCE, inputs, packed_documents(1, 75))
     assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_gradients_of_the_final_state_alone(kind: str) -> None:
+    inputs = scan_inputs(kind, (1, 40, 1, 1, 16, 16), torch.float32)
+    documents = torch.zeros(1, 40, dtype=torch.int64)
+    names = ("keys", "values", "log_decay")
+    got, want = (
+        torch.autograd.grad(op(**inputs).apply(documents, None)[1].sum(), [inputs[name] for name in names])
+        for op in (TRITON, REFERENCE)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
