@@ -94,6 +94,8 @@ class DiagonalPasses(Passes):
 
     decay_width: int
     """Channels of a decay: 1, or K."""
+    log_decay: Tensor
+    """[B, L, H] or [B, L, H, K]."""
 
     def __init__(
         self, queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, documents: Tensor, plan: Plan
@@ -103,7 +105,7 @@ class DiagonalPasses(Passes):
         self.plan = plan
         self.q, self.k = (Operand(addressable(x), group) for x in (queries, keys))
         self.v = Operand(addressable(values), 1)
-        self.log_decay: Tensor = log_decay.detach()
+        self.log_decay = log_decay.detach()
         self.wants_decay_grad = log_decay.requires_grad
         self.documents = documents.to(torch.int32).contiguous()
         self.rows, self.heads, self.length = batch * heads, heads, length

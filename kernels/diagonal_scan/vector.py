@@ -20,7 +20,7 @@ class VectorPasses(DiagonalPasses):
     ) -> None:
         super().__init__(queries, keys, values, log_decay, documents, plan)
         self.decay_width = keys.shape[-1]
-        self.log_decay = addressable(self.log_decay)
+        self.log_decay = addressable(log_decay.detach())
         # float16 lacks the range of what is scaled
         self.scaled_dtype = torch.bfloat16 if values.dtype == torch.bfloat16 else torch.float32
         self._scale_chunks()

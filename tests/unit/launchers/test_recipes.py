@@ -29,9 +29,8 @@ def exists_in_conf(override: str) -> bool:
     first, *rest = key.split(".")
     trees = [yaml.safe_load((ROOT / "conf" / "train.yaml").read_text())]
     if (ROOT / "conf" / first).is_dir():
-        trees = [{first: yaml.safe_load(path.read_text())} for path in (ROOT / "conf" / first).glob("*.yaml")]
-        if first == "mixer":
-            trees = [{first: {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf/mixer").glob("*")}}]
+        options = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "conf" / first).glob("*.yaml")}
+        trees += [{first: options}] if first == "mixer" else [{first: option} for option in options.values()]
     for tree in trees:
         for part in (first, *rest):
             tree = tree.get(part, ...) if isinstance(tree, dict) else ...
