@@ -57,6 +57,24 @@ def chunk_gradients(
     errors += local * C * V
     states += local * V * K
     grad_states += local * V * K
+    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
+    query_tile, key_tile = row[:, None] * q_token + width[None, :], row[:, None] * k_token + width[None, :]
+    square = local * C * C + (row[:, None] * C + row[None, :])
+    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
+    sums += (sequence * chunks + chunk) * C * (K if VECTOR else 1)
+    sum_tile = row[:, None] * K + width[None, :]
+    # Operands of the products of pairs go to shared memory; what is needed again behind the loop is loaded again there,
+    # so that registers do not hold it (the policies tell the loads apart for the compiler).
+    query = tl.load(queries + query_tile, mask, 0.0, eviction_policy="evict_last")
+    key = tl.load(keys + key_tile, mask, 0.0, eviction_policy="evict_last")
+    written = key.to(tl.float32) * step[:, None]
+    if VECTOR:
+        b = tl.load(sums + sum_tile, known, 0.0, eviction_policy="evict_last")
+        written *= tl.exp2(-b - ANCHOR)
+        up = tl.exp2(b + ANCHOR)
+        query, key = (query.to(tl.float32) * up).to(dtype), (key.to(tl.float32) * up).to(dtype)
+    written = written.to(dtype)
     grad_query = tl.zeros([C, BLOCK_K], tl.float32)
     read_key = tl.zeros([C, BLOCK_K], tl.float32)
     write_key = tl.zeros([C, BLOCK_K], tl.float32)
@@ -75,46 +93,38 @@ def chunk_gradients(
         write_key = tl.dot(error, grad_state, write_key, input_precision=PRECISION)
         products += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
 
-    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
-    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
-    q = tl.load(queries + (row[:, None] * q_token + width[None, :]), mask, 0.0)
-    k = tl.load(keys + (row[:, None] * k_token + width[None, :]), mask, 0.0)
-    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
-    square = local * C * C + (row[:, None] * C + row[None, :])
+    document, carried, last = chunk_documents(documents, batch, chunk, length, C)
     p = tl.load(grad_scores + square)
     a = tl.load(grad_overlaps + square)
-    document, carried, last = chunk_documents(documents, batch, chunk, length, C)
     target = at * K + (row[:, None] * (heads * K) + width[None, :])
-    written = k.to(tl.float32) * step[:, None]
     if VECTOR:
-        sums += (sequence * chunks + chunk) * C * K
-        b = tl.load(sums + (row[:, None] * K + width[None, :]), known, 0.0)
+        b = tl.load(sums + sum_tile, known, 0.0, eviction_policy="evict_first")
         total = tl.load(sums + (C - 1) * K + width, width < K, 0.0)
-        up, down = tl.exp2(b + ANCHOR), tl.exp2(-b - ANCHOR)
-        written = written * down
-        query, key = (q.to(tl.float32) * up).to(dtype), (k.to(tl.float32) * up).to(dtype)
+        scale = tl.exp2(b + ANCHOR)
         read = tl.where(document == carried, HEAD_SCALE, 0.0)[:, None]
-        write_key *= tl.where(document == last, 1.0, 0.0)[:, None] * tl.exp2(total + ANCHOR)[None, :]
-        grad_query = tl.dot(p, written.to(dtype), grad_query * read, input_precision=PRECISION) * up
-        read_key = tl.dot(a, written.to(dtype), -read_key * read, input_precision=PRECISION) * up
     else:
-        b = tl.load(sums + (sequence * chunks + chunk) * C + row)
+        b = tl.load(sums + row)
         total = tl.sum(tl.where(row == C - 1, b, 0.0), 0)
-        query, key = q, k
+        scale = 1.0
         read = tl.where(document == carried, tl.exp2(b), 0.0)[:, None]
-        write_key *= tl.where(document == last, tl.exp2(tl.minimum(total - b, 0.0)), 0.0)[:, None]
-        grad_query = tl.dot(p, written.to(dtype), grad_query * read, input_precision=PRECISION)
-        read_key = tl.dot(a, written.to(dtype), -read_key * read, input_precision=PRECISION)
+    grad_query = tl.dot(p, written, grad_query * read, input_precision=PRECISION) * scale
     tl.store(grad_queries + target, grad_query.to(dtype), mask)
-    change = q.to(tl.float32) * grad_query + k.to(tl.float32) * read_key
-    grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * products + tl.sum(write_key * written, 0)
-    write_key = tl.dot(tl.trans(p), query, write_key, input_precision=PRECISION)
-    write_key = tl.dot(tl.trans(a), key, write_key, input_precision=PRECISION)
+    change = tl.load(queries + query_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32) * grad_query
+    read_key = tl.dot(a, written, -read_key * read, input_precision=PRECISION) * scale
+    k = tl.load(keys + key_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
+    change += k * read_key
+    stepped = k * step[:, None]
     if VECTOR:
-        write_key = write_key * down
+        down = 1.0 / scale
+        write_key *= tl.where(document == last, 1.0, 0.0)[:, None] * tl.exp2(total + ANCHOR)[None, :]
+    else:
+        down = 1.0
+        write_key *= tl.where(document == last, tl.exp2(tl.minimum(total - b, 0.0)), 0.0)[:, None]
+    grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * products + tl.sum(write_key * down * stepped, 0)
+    write_key = tl.dot(tl.trans(p), query, write_key, input_precision=PRECISION)
+    write_key = tl.dot(tl.trans(a), key, write_key, input_precision=PRECISION) * down
     tl.store(grad_keys + target, (read_key + write_key * step[:, None]).to(dtype), mask)
-    change_key = write_key * k.to(tl.float32)
-    grad_step = tl.sum(change_key, 1)
+    grad_step = tl.sum(write_key * k, 1)
     share = at * shares + row * (heads * shares) + tl.program_id(2)
     tl.store(grad_beta + share, grad_step, inside)
 
@@ -123,7 +133,7 @@ def chunk_gradients(
     # The decay of a document's first token multiplies zero.
     if VECTOR:
         later = tl.where(same & (row[:, None] <= row[None, :]), 1.0, 0.0)
-        grad_gate = sum_rows(later, change - change_key * step[:, None], dtype == tl.bfloat16)
+        grad_gate = sum_rows(later, change - write_key * stepped, dtype == tl.bfloat16)
         grad_gate += tl.where((document == last)[:, None], grad_total[None, :], 0.0)
         grad_gate = tl.where((document == before)[:, None], grad_gate, 0.0)
         tl.store(grad_decay + target, grad_gate.to(grad_decay.dtype.element_ty), mask)
