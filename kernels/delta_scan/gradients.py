@@ -10,7 +10,7 @@ channels: each block of channels stores its share.
 import triton
 import triton.language as tl
 
-from longtrain_kernels.delta_scan.prepare import ANCHOR, HEAD_SCALE, anchored, chunk_documents, is_far
+from longtrain_kernels.delta_scan.prepare import ANCHOR, HEAD_SCALE, anchored, chunk_document, chunk_documents, is_far
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def chunk_gradients(
     grad_query = tl.zeros([C, BLOCK_K], tl.float32)
     read_key = tl.zeros([C, BLOCK_K], tl.float32)
     write_key = tl.zeros([C, BLOCK_K], tl.float32)
-    products = tl.zeros([BLOCK_K], tl.float32)
+    products = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         value_mask = inside[:, None] & (column < V)[None, :]
@@ -91,18 +91,20 @@ def chunk_gradients(
         grad_query = tl.dot(grad, state, grad_query, input_precision=PRECISION)
         read_key = tl.dot(residual, state, read_key, input_precision=PRECISION)
         write_key = tl.dot(error, grad_state, write_key, input_precision=PRECISION)
-        products += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
+        products += state.to(tl.float32) * grad_state.to(tl.float32)
+    products = tl.sum(products, 0)
 
-    document, carried, last = chunk_documents(documents, batch, chunk, length, C)
     p = tl.load(grad_scores + square)
     a = tl.load(grad_overlaps + square)
     target = at * K + (row[:, None] * (heads * K) + width[None, :])
     if VECTOR:
+        carried, last = chunk_document(documents, batch, chunk, length, C)
         b = tl.load(sums + sum_tile, known, 0.0, eviction_policy="evict_first")
         total = tl.load(sums + (C - 1) * K + width, width < K, 0.0)
         scale = tl.exp2(b + ANCHOR)
-        read = tl.where(document == carried, HEAD_SCALE, 0.0)[:, None]
+        read = tl.where(last == carried, HEAD_SCALE, 0.0)
     else:
+        document, carried, last = chunk_documents(documents, batch, chunk, length, C)
         b = tl.load(sums + row)
         total = tl.sum(tl.where(row == C - 1, b, 0.0), 0)
         scale = 1.0
@@ -116,7 +118,7 @@ def chunk_gradients(
     stepped = k * step[:, None]
     if VECTOR:
         down = 1.0 / scale
-        write_key *= tl.where(document == last, 1.0, 0.0)[:, None] * tl.exp2(total + ANCHOR)[None, :]
+        write_key *= tl.exp2(total + ANCHOR)[None, :]
     else:
         down = 1.0
         write_key *= tl.where(document == last, tl.exp2(tl.minimum(total - b, 0.0)), 0.0)[:, None]
@@ -128,19 +130,18 @@ def chunk_gradients(
     share = at * shares + row * (heads * shares) + tl.program_id(2)
     tl.store(grad_beta + share, grad_step, inside)
 
-    before = tl.load(documents + batch * length + token + row - 1, inside & (token + row > 0), 0)
-    same = document[:, None] == document[None, :]
     # The decay of a document's first token multiplies zero.
     if VECTOR:
-        later = tl.where(same & (row[:, None] <= row[None, :]), 1.0, 0.0)
-        grad_gate = sum_rows(later, change - write_key * stepped, dtype == tl.bfloat16)
-        grad_gate += tl.where((document == last)[:, None], grad_total[None, :], 0.0)
-        grad_gate = tl.where((document == before)[:, None], grad_gate, 0.0)
+        later = tl.where(row[:, None] <= row[None, :], 1.0, 0.0)
+        grad_gate = sum_rows(later, change - write_key * stepped, dtype == tl.bfloat16) + grad_total[None, :]
+        grad_gate = tl.where(((row > 0) | (last == carried))[:, None], grad_gate, 0.0)
         tl.store(grad_decay + target, grad_gate.to(grad_decay.dtype.element_ty), mask)
     else:
         change_row = tl.sum(change, 1) - step * grad_step
-        later = tl.where(same & (row[:, None] >= row[None, :]), change_row[:, None], 0.0)
-        grad_gate = tl.sum(later, 0) + tl.where(document == last, tl.sum(grad_total, 0), 0.0)
+        later = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
+        grad_gate = tl.sum(tl.where(later, change_row[:, None], 0.0), 0)
+        grad_gate += tl.where(document == last, tl.sum(grad_total, 0), 0.0)
+        before = tl.load(documents + batch * length + token + row - 1, inside & (token + row > 0), 0)
         tl.store(grad_decay + share, tl.where(document == before, grad_gate, 0.0), inside)
 
 

@@ -26,13 +26,21 @@ def chunk_documents(documents, batch, chunk, length, C: tl.constexpr):
 
     `documents` has at least one column.
     """
-    row = documents + batch * tl.maximum(length, 1)
-    final = tl.maximum(length, 1) - 1
-    document = tl.load(row + tl.minimum(chunk * C + tl.arange(0, C), final))
-    carried = tl.load(row + tl.maximum(chunk * C - 1, 0))
-    last = tl.load(row + tl.minimum(chunk * C + C - 1, final))
-    carried = tl.where(chunk > 0, carried, 0)
+    documents += batch * tl.maximum(length, 1) + chunk * C
+    final = (tl.maximum(length, 1) - 1 - chunk * C).to(tl.int32)
+    document = tl.load(documents + tl.minimum(tl.arange(0, C), final))
+    last = tl.load(documents + tl.minimum(C - 1, final))
+    carried = tl.load(documents - 1, chunk > 0, 0)
     return document, carried, last
+
+
+@triton.jit
+def chunk_document(documents, batch, chunk, length, C: tl.constexpr):
+    """`chunk_documents`, less the first, of a chunk with one document."""
+    documents += batch * tl.maximum(length, 1) + chunk * C
+    last = tl.load(documents)
+    carried = tl.load(documents - 1, chunk > 0, 0)
+    return carried, last
 
 
 @triton.jit
@@ -177,13 +185,15 @@ def is_far(far, at, blocks):
 @triton.jit
 def store_pairs(
     score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length,
-    C: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T and P from the decayed products of keys and queries with the keys of one chunk."""
+    """T and P from the decayed products of keys and queries with the keys of one chunk; NEAR: of one document."""
     row = tl.arange(0, C)
     step = tl.load(beta + chunk * C * b_token + row * b_token, row < length - chunk * C, 0.0).to(tl.float32)
-    document, _, _ = chunk_documents(documents, batch, chunk, length, C)
-    visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
+    visible = row[:, None] >= row[None, :]
+    if not NEAR:
+        document, _, _ = chunk_documents(documents, batch, chunk, length, C)
+        visible &= document[:, None] == document[None, :]
     score = tl.where(visible, score * step[None, :], 0.0)
     overlap = tl.where(visible & (row[:, None] > row[None, :]), overlap * step[None, :], 0.0)
     tile = at * C * C + (row[:, None] * C + row[None, :])
@@ -227,7 +237,7 @@ def near_pairs(
         overlap = tl.dot((k * up).to(dtype), earlier, overlap, input_precision=PRECISION)
     beta += batch * b_batch + head * b_head
     store_pairs(
-        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, PRECISION
+        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, True, PRECISION
     )  # fmt: skip
 
 
@@ -299,5 +309,5 @@ def far_pairs(
     score += to_diagonal_blocks(score_own, C)
     overlap += to_diagonal_blocks(overlap_own, C)
     store_pairs(
-        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, PRECISION
+        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, False, PRECISION
     )  # fmt: skip

@@ -41,7 +41,7 @@ def _sweep(key: int, value: int, dtype: torch.dtype, vector: bool, backward: boo
 
 def _gradient_launch(key: int, dtype: torch.dtype) -> _Launch:
     """Key channels of a program of the gradients."""
-    return _Launch(min(key, 64), warps=4 if dtype.itemsize == 2 else 8, stages=2)
+    return _Launch(min(key, 64), warps=4 if dtype.itemsize == 2 else 8, stages=3 if dtype.itemsize == 2 else 2)
 
 
 @dataclass(frozen=True)
