@@ -153,12 +153,16 @@ def vector_decay(
     k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0)
     log_decay += batch * g_batch + head * g_head + token * g_token
     gate = tl.load(log_decay + row[:, None] * g_token + width[None, :], mask, 0.0)
-    gate = tl.maximum(gate.to(tl.float32) * LOG2E, LEAST)
+    gate = tl.maximum(gate.to(tl.float32), LEAST / LOG2E)
     step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
     document, carried, last = chunk_documents(documents, batch, chunk, length, C)
 
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
-    b = tl.dot(visible.to(tl.float32), gate, input_precision="tf32x3")
+    visible = tl.where(visible, 1.0, 0.0)
+    if log_decay.dtype.element_ty == tl.bfloat16:
+        b = tl.dot(visible.to(tl.bfloat16), gate.to(tl.bfloat16)) * LOG2E
+    else:
+        b = tl.dot(visible, gate, input_precision="tf32x3") * LOG2E
     total = tl.sum(tl.where((row == C - 1)[:, None], b, 0.0), 0)
     read = tl.where((document == carried)[:, None], tl.exp2(b), 0.0)
     write = tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0) * step[:, None]

@@ -242,7 +242,7 @@ class DeltaPasses(Passes):
         vector_decay[(s.chunks, s.sequences, blocks)](
             self._q, self._k, self._beta, gate, self._documents, self._sums, self._far, *self._operands, self._carries,
             *inputs, *_strides(gate), s.length, s.chunks, s.heads, s.heads // s.groups,
-            K=s.key, BLOCK_K=block, C=CHUNK, num_warps=4,
+            K=s.key, BLOCK_K=block, C=CHUNK, num_warps=8,
         )  # fmt: skip
         # Each returns from the chunks of the other.
         for kernel in (far_pairs,) if self._v.dtype == torch.float16 else (near_pairs, far_pairs):
