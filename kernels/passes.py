@@ -22,7 +22,9 @@ class Passes(ABC):
     """
 
     adjoined = False
-    """Whether `adjoint` has been called."""
+    """Whether the backward passes have begun."""
+    released = False
+    """Whether they have ended, and nothing is kept any more."""
 
     @abstractmethod
     def summarize(self) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,17 @@ class Passes(ABC):
     @abstractmethod
     def gradients(self, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         """The cotangents of the inputs, from that of the outgoing state [B, H, K, V] and the `grad` of `adjoint`."""
+
+    def start_backward(self) -> None:
+        """Before `adjoint`. Raises RuntimeError where the backward passes have been through already."""
+        if self.released:
+            raise RuntimeError("a scan's backward passes run once: its graph cannot be kept for a second time")
+        self.adjoined = True
+
+    def release(self) -> None:
+        """Drop every tensor, as autograd drops what it saved: the graph may live on until the step ends."""
+        vars(self).clear()
+        self.adjoined = self.released = True
 
 
 class KernelSegment:
@@ -68,9 +81,12 @@ class _Summary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad_state: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if not ctx.passes.adjoined:  # nothing depends on the outputs
+        if ctx.passes.released or not ctx.passes.adjoined:  # nothing depends on the outputs
+            ctx.passes.start_backward()
             ctx.passes.adjoint(None)
-        return None, *ctx.passes.gradients(grad_state)
+        grads = ctx.passes.gradients(grad_state)
+        ctx.passes.release()
+        return None, *grads
 
 
 class _Outputs(torch.autograd.Function):
@@ -83,5 +99,5 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (order,) = ctx.saved_tensors
-        ctx.passes.adjoined = True
+        ctx.passes.start_backward()
         return None, torch.zeros_like(order), ctx.passes.adjoint(grad)

@@ -13,6 +13,7 @@ from longtrain_kernels.diagonal_scan.chunk import bound_documents, boundary_prod
 from longtrain_kernels.passes import Passes
 
 MIN_SEGMENT_CHUNKS = 4
+LOG2_E = 1.4426950408889634  # kernels take decays as exponents of two
 FOLD_BLOCK = 512  # state elements that a program folds
 
 
@@ -72,9 +73,11 @@ def addressable_empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) 
 
 def addressable(x: Tensor) -> Tensor:
     """`x`, or a copy of it that the copy engine can address."""
-    strides = [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
-    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides[:-1])
-    if x.stride(-1) == 1 and aligned and x.data_ptr() % 16 == 0:
+    batch, length, head, column = x.stride()
+    # A descriptor has the stride of tokens even where there is one; the others only move its start.
+    strides = [length, *(stride for size, stride in ((x.shape[0], batch), (x.shape[2], head)) if size > 1)]
+    aligned = all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in strides)
+    if column == 1 and aligned and x.data_ptr() % 16 == 0:
         return x
     return addressable_empty(tuple(x.shape), x, x.dtype).copy_(x)
 

@@ -5,9 +5,8 @@ import triton
 from torch import Tensor
 
 from longtrain_kernels.diagonal_scan import scalar_kernels
-from longtrain_kernels.diagonal_scan.launch import DiagonalPasses, Operand, Plan, block_of
+from longtrain_kernels.diagonal_scan.launch import LOG2_E, DiagonalPasses, Operand, Plan, block_of
 
-LOG2_E = 1.4426950408889634
 BLOCK = 1024  # tokens that a program weighs, or sums the decay gradients of
 
 

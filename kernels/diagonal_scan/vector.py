@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain_kernels.diagonal_scan import far_kernels, vector_kernels
-from longtrain_kernels.diagonal_scan.launch import DiagonalPasses, Operand, Plan, addressable, block_of
+from longtrain_kernels.diagonal_scan.launch import LOG2_E, DiagonalPasses, Operand, Plan, addressable, block_of
 
-LOG2_E = 1.4426950408889634
 FAR_BLOCK = 32  # columns that a program of the far kernel owns
 
 

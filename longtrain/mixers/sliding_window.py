@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from longtrain.mixers import softmax
+from longtrain.mixers._config import Positive
 
 
 @dataclass(frozen=True)
 class Config(softmax.Config):
     """`conf/mixer/sliding_window.yaml`."""
 
-    window: softmax.Positive
+    window: Positive
     """Tokens that a token sees, itself included."""
 
 

@@ -10,9 +10,8 @@ from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
 from longtrain.core.contracts import Sequence, SequenceMixer
+from longtrain.mixers._config import Positive
 from longtrain.mixers._rotary import rotate
-
-Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.harness.documents import awkward_starts, segment_documents
 
 Inputs = dict[str, Tensor]
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter runs them
 
 
 def scan_inputs(

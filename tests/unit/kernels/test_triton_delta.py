@@ -9,6 +9,7 @@ from longtrain_kernels.backend import Backend
 from longtrain_kernels.delta_scan import DeltaScan
 from longtrain_kernels.delta_scan import triton as kernels
 from tests.harness.documents import awkward_starts, segment_documents
+from tests.harness.scans import KERNEL_DEVICE
 
 G, H, K, V = 1, 2, 20, 36
 DECAYS = ("none", "scalar", "vector")
@@ -23,17 +24,18 @@ def inputs(
     q, k = qk[..., :K], torch.nn.functional.normalize(qk, dim=-1)[..., K:] * 2**0.5
     gate = torch.randn(batch, length, H, K)
     log_decay = {"none": (), "scalar": (-strength * gate[..., 0].exp(),), "vector": (-strength * gate.exp(),)}[decay]
-    return tuple(t.to(dtype).requires_grad_() for t in (q, k, v, 2 * gate[..., 1].sigmoid(), *log_decay))
+    return tuple(t.to(KERNEL_DEVICE, dtype).requires_grad_() for t in (q, k, v, 2 * gate[..., 1].sigmoid(), *log_decay))
 
 
 def results(
     tensors: tuple[Tensor, ...], documents: Tensor, state: Tensor, backend: Backend
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Outputs, final state and transition; and every gradient, with cotangents for outputs and final state."""
+    documents, state = documents.to(KERNEL_DEVICE), state.to(KERNEL_DEVICE)
     segment = DeltaScan(*tensors, backend=backend).summarize(documents)
     outputs, final = segment.correct(state), advance(segment.transition, state) + segment.state
     torch.manual_seed(7)
-    cotangents = [torch.randn(r.shape, dtype=torch.float64).to(r.dtype) for r in (outputs, final)]
+    cotangents = [torch.randn(r.shape, dtype=torch.float64).to(r) for r in (outputs, final)]
     grads = torch.autograd.grad((outputs, final), (*tensors, state), cotangents)
     return (outputs.detach(), final.detach(), segment.transition.detach()), grads
 
@@ -91,7 +93,7 @@ def test_an_empty_segment_is_the_identity_and_stays_in_the_graph(decay: str) -> 
     state = torch.randn(2, H, K, V, requires_grad=True)
     (outputs, final, transition), grads = results(tensors, torch.zeros(2, 0, dtype=torch.int64), state, Backend.TRITON)
     assert outputs.shape == (2, 0, H, V)
-    assert torch.equal(final, state) and torch.equal(transition, torch.eye(K).expand_as(transition))
+    assert torch.equal(final, state.to(final)) and torch.equal(transition, torch.eye(K).to(final).expand_as(transition))
     assert [g.shape for g in grads] == [t.shape for t in (*tensors, state)]
 
 
@@ -112,4 +114,6 @@ def test_another_document_changes_nothing_to_the_bit(decay: str) -> None:
 def test_float64_is_refused_by_name() -> None:
     tensors = tuple(t.double() for t in inputs("none", 4))
     with pytest.raises(ValueError, match="float64"):
-        DeltaScan(*tensors, backend=Backend.TRITON).summarize(torch.zeros(2, 4, dtype=torch.int64))
+        DeltaScan(*tensors, backend=Backend.TRITON).summarize(
+            torch.zeros(2, 4, dtype=torch.int64, device=KERNEL_DEVICE)
+        )

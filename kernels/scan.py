@@ -1,0 +1,49 @@
+"""What the scans have in common: queries, keys and values bound to a recurrence."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longtrain_kernels.affine import Segment, run
+from longtrain_kernels.backend import expand_heads
+
+
+@dataclass(frozen=True)
+class BoundScan(ABC):
+    """A recurrence bound to the inputs of one segment.
+
+    Sums are float32 at least, whatever the inputs are. G key heads divide the H value heads; value head h reads key
+    head h // (H / G).
+    """
+
+    queries: Tensor
+    """[B, L, G, K], already scaled."""
+    keys: Tensor
+    """[B, L, G, K]."""
+    values: Tensor
+    """[B, L, H, V]."""
+
+    def __post_init__(self) -> None:
+        batch, length, groups, _ = self.keys.shape
+        if self.queries.shape != self.keys.shape:
+            raise ValueError(f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in shape")
+        if self.values.shape[:2] != (batch, length) or self.values.shape[2] % groups:
+            raise ValueError(f"values {tuple(self.values.shape)} do not match keys {tuple(self.keys.shape)}")
+
+    def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Run from `state` [B, H, K, V] (None: zero); returns outputs [B, L, H, V] and the final state.
+
+        `documents` [B, L] counts the document starts of the segment up to and including each token: 0 is the document
+        that the carry belongs to.
+        """
+        return run(self.summarize(documents), state)
+
+    @abstractmethod
+    def summarize(self, documents: Tensor) -> Segment:
+        """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        """Queries and keys [B, L, H, K], a key head for each value head."""
+        heads = self.values.shape[2]
+        return expand_heads(self.queries, heads), expand_heads(self.keys, heads)
