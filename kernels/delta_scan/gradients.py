@@ -10,36 +10,46 @@ channels: each block of channels stores its share.
 import triton
 import triton.language as tl
 
-from longtrain_kernels.delta_scan.prepare import anchored, chunk_documents
+from longtrain_kernels.delta_scan.prepare import ANCHOR, HEAD_SCALE, anchored, chunk_document, chunk_documents, is_far
 
 
 @triton.jit
-def scalar_gradients(
-    grads, queries, keys, beta, documents, sums, states, errors, grad_states, grad_values,
-    grad_queries, grad_keys, grad_beta, grad_decay,
+def sum_rows(selected, terms, HALF: tl.constexpr):
+    """selected @ terms for zeros and ones [C, C]; HALF: in two parts of bfloat16, which keep 16 bits of each term."""
+    if HALF:
+        selected = selected.to(tl.bfloat16)
+        high = terms.to(tl.bfloat16)
+        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
+        sums = tl.dot(selected, low, tl.dot(selected, high))
+    else:
+        sums = tl.dot(selected, terms, input_precision="tf32x3")
+    return sums
+
+
+@triton.jit
+def chunk_gradients(
+    grads, queries, keys, beta, documents, sums, far, states, errors, grad_states, grad_values,
+    grad_scores, grad_overlaps, grad_queries, grad_keys, grad_beta, grad_decay,
     d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch, k_token, k_head, b_batch, b_token, b_head,
-    length, chunks, first_chunk, window_chunks, heads, ratio, shares,
+    length, chunks, first_chunk, window_chunks, heads, ratio, shares, far_blocks,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
-    PRECISION: tl.constexpr,
+    VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With a scalar decay or none."""
+    """With a scalar decay or none; or with a vector decay that is not far, whose operands are scaled as in
+    `near_pairs`."""
     chunk = first_chunk + tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
+    if VECTOR:  # noqa: SIM102 - a constant of the compiler decides whether the flags are there
+        if is_far(far, sequence * chunks + chunk, far_blocks):
+            return
     batch, head = sequence // heads, sequence % heads
-    group = head // ratio
     dtype: tl.constexpr = keys.dtype.element_ty
     row = tl.arange(0, C)
     token = chunk * C
     inside = row < length - token
     width = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = inside[:, None] & (width < K)[None, :]
-    document, carried, last = chunk_documents(documents, batch, chunk, length, C)
-    b = tl.load(sums + (sequence * chunks + chunk) * C + row)
-    total = tl.sum(tl.where(row == C - 1, b, 0.0), 0)
-    read = tl.where(document == carried, tl.exp2(b), 0.0)
-    write = tl.where(document == last, tl.exp2(tl.minimum(total - b, 0.0)), 0.0)
-    carry = tl.where(last == carried, tl.exp2(total), 0.0)
-
+    known = (width < K)[None, :]
+    mask = inside[:, None] & known
     local = sequence * window_chunks + tl.program_id(0)
     at = (batch * length + token) * heads + head
     grads += batch * d_batch + head * d_head + token * d_token
@@ -47,79 +57,101 @@ def scalar_gradients(
     errors += local * C * V
     states += local * V * K
     grad_states += local * V * K
-    score = tl.zeros([C, C], tl.float32)  # cotangent of P, then of A, then both transposed
-    overlap = tl.zeros([C, C], tl.float32)
-    score_t = tl.zeros([C, C], tl.float32)
-    overlap_t = tl.zeros([C, C], tl.float32)
-    write_key = tl.zeros([C, BLOCK_K], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        column = start + tl.arange(0, BLOCK_V)
-        value_mask = inside[:, None] & (column < V)[None, :]
-        grad = tl.load(grads + row[:, None] * d_token + column[None, :], value_mask, 0.0).to(dtype)
-        residual = tl.load(grad_values + row[:, None] * (heads * V) + column[None, :], value_mask, 0.0)
-        error = tl.load(errors + row[:, None] * V + column[None, :], (column < V)[None, :], 0.0)
-        tile = column[:, None] * K + width[None, :]
-        grad_state = tl.load(grad_states + tile, (column < V)[:, None] & (width < K)[None, :], 0.0)
-        score = tl.dot(grad, tl.trans(error), score, input_precision=PRECISION)
-        overlap = tl.dot(residual, tl.trans(error), overlap, input_precision=PRECISION)
-        score_t = tl.dot(error, tl.trans(grad), score_t, input_precision=PRECISION)
-        overlap_t = tl.dot(error, tl.trans(residual), overlap_t, input_precision=PRECISION)
-        scaled = (error.to(tl.float32) * write[:, None]).to(dtype)
-        write_key = tl.dot(scaled, grad_state, write_key, input_precision=PRECISION)
-    queries += batch * q_batch + group * q_head + token * q_token
-    keys += batch * k_batch + group * k_head + token * k_token
-    q = tl.load(queries + row[:, None] * q_token + width[None, :], mask, 0.0)
-    k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0)
+    queries += batch * q_batch + (head // ratio) * q_head + token * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + token * k_token
+    query_tile, key_tile = row[:, None] * q_token + width[None, :], row[:, None] * k_token + width[None, :]
+    square = local * C * C + (row[:, None] * C + row[None, :])
     step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
-    grad_total = tl.sum(write_key * k.to(tl.float32) * step[:, None])
-
-    same = document[:, None] == document[None, :]
-    weight = tl.where(same, tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0)), 0.0)
-    weight_t = tl.where(same, tl.exp2(tl.minimum(b[None, :] - b[:, None], 0.0)), 0.0)
-    p = tl.where(row[:, None] >= row[None, :], score * weight, 0.0).to(dtype)
-    a = tl.where(row[:, None] > row[None, :], -overlap * weight, 0.0).to(dtype)
-    p_t = tl.where(row[:, None] <= row[None, :], score_t * weight_t, 0.0).to(dtype)
-    a_t = tl.where(row[:, None] < row[None, :], -overlap_t * weight_t, 0.0).to(dtype)
-    write_key = tl.dot(p_t, q, write_key, input_precision=PRECISION)
-    write_key = tl.dot(a_t, k, write_key, input_precision=PRECISION)
-    grad_step = tl.sum(write_key * k.to(tl.float32), 1)
-    stepped = (k.to(tl.float32) * step[:, None]).to(dtype)
-    grad_query = tl.dot(p, stepped, input_precision=PRECISION)
-    grad_key = tl.dot(a, stepped, write_key * step[:, None], input_precision=PRECISION)
-
+    sums += (sequence * chunks + chunk) * C * (K if VECTOR else 1)
+    sum_tile = row[:, None] * K + width[None, :]
+    # Operands of the products of pairs go to shared memory; what is needed again behind the loop is loaded again there,
+    # so that registers do not hold it (the policies tell the loads apart for the compiler).
+    query = tl.load(queries + query_tile, mask, 0.0, eviction_policy="evict_last")
+    key = tl.load(keys + key_tile, mask, 0.0, eviction_policy="evict_last")
+    written = key.to(tl.float32) * step[:, None]
+    if VECTOR:
+        b = tl.load(sums + sum_tile, known, 0.0, eviction_policy="evict_last")
+        written *= tl.exp2(-b - ANCHOR)
+        up = tl.exp2(b + ANCHOR)
+        query, key = (query.to(tl.float32) * up).to(dtype), (key.to(tl.float32) * up).to(dtype)
+    written = written.to(dtype)
+    grad_query = tl.zeros([C, BLOCK_K], tl.float32)
+    read_key = tl.zeros([C, BLOCK_K], tl.float32)
+    write_key = tl.zeros([C, BLOCK_K], tl.float32)
+    products = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         value_mask = inside[:, None] & (column < V)[None, :]
-        grad = tl.load(grads + row[:, None] * d_token + column[None, :], value_mask, 0.0).to(tl.float32)
-        residual = tl.load(grad_values + row[:, None] * (heads * V) + column[None, :], value_mask, 0.0).to(tl.float32)
+        grad = tl.load(grads + (row[:, None] * d_token + column[None, :]), value_mask, 0.0).to(dtype)
+        residual = tl.load(grad_values + (row[:, None] * (heads * V) + column[None, :]), value_mask, 0.0)
+        error = tl.load(errors + (row[:, None] * V + column[None, :]), (column < V)[None, :], 0.0)
         tile = column[:, None] * K + width[None, :]
-        inner = (column < V)[:, None] & (width < K)[None, :]
-        state = tl.load(states + tile, inner, 0.0)
-        grad_state = tl.load(grad_states + tile, inner, 0.0)
-        grad_query = tl.dot((grad * read[:, None]).to(dtype), state, grad_query, input_precision=PRECISION)
-        grad_key = tl.dot((-residual * read[:, None]).to(dtype), state, grad_key, input_precision=PRECISION)
-        grad_total += carry * tl.sum(state.to(tl.float32) * grad_state.to(tl.float32))
+        state = tl.load(states + tile, (column < V)[:, None] & known, 0.0)
+        grad_state = tl.load(grad_states + tile, (column < V)[:, None] & known, 0.0)
+        grad_query = tl.dot(grad, state, grad_query, input_precision=PRECISION)
+        read_key = tl.dot(residual, state, read_key, input_precision=PRECISION)
+        write_key = tl.dot(error, grad_state, write_key, input_precision=PRECISION)
+        products += state.to(tl.float32) * grad_state.to(tl.float32)
+    products = tl.sum(products, 0)
 
-    target = row[:, None] * (heads * K) + width[None, :]
-    tl.store(grad_queries + at * K + target, grad_query.to(dtype), mask)
-    tl.store(grad_keys + at * K + target, grad_key.to(dtype), mask)
-    change = tl.sum(q.to(tl.float32) * grad_query + k.to(tl.float32) * grad_key, 1) - 2.0 * step * grad_step
-    later = tl.where(same & (row[:, None] >= row[None, :]), change[:, None], 0.0)
-    grad_gate = tl.sum(later, 0) + tl.where(document == last, grad_total, 0.0)
-    before = tl.load(documents + batch * length + token + row - 1, inside & (token + row > 0), 0)
-    grad_gate = tl.where(document == before, grad_gate, 0.0)  # the decay of a document's first token multiplies zero
+    p = tl.load(grad_scores + square)
+    a = tl.load(grad_overlaps + square)
+    target = at * K + (row[:, None] * (heads * K) + width[None, :])
+    if VECTOR:
+        carried, last = chunk_document(documents, batch, chunk, length, C)
+        b = tl.load(sums + sum_tile, known, 0.0, eviction_policy="evict_first")
+        total = tl.load(sums + (C - 1) * K + width, width < K, 0.0)
+        scale = tl.exp2(b + ANCHOR)
+        read = tl.where(last == carried, HEAD_SCALE, 0.0)
+    else:
+        document, carried, last = chunk_documents(documents, batch, chunk, length, C)
+        b = tl.load(sums + row)
+        total = tl.sum(tl.where(row == C - 1, b, 0.0), 0)
+        scale = 1.0
+        read = tl.where(document == carried, tl.exp2(b), 0.0)[:, None]
+    grad_query = tl.dot(p, written, grad_query * read, input_precision=PRECISION) * scale
+    tl.store(grad_queries + target, grad_query.to(dtype), mask)
+    change = tl.load(queries + query_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32) * grad_query
+    read_key = tl.dot(a, written, -read_key * read, input_precision=PRECISION) * scale
+    k = tl.load(keys + key_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
+    change += k * read_key
+    stepped = k * step[:, None]
+    if VECTOR:
+        down = 1.0 / scale
+        write_key *= tl.exp2(total + ANCHOR)[None, :]
+    else:
+        down = 1.0
+        write_key *= tl.where(document == last, tl.exp2(tl.minimum(total - b, 0.0)), 0.0)[:, None]
+    grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * products + tl.sum(write_key * down * stepped, 0)
+    write_key = tl.dot(tl.trans(p), query, write_key, input_precision=PRECISION)
+    write_key = tl.dot(tl.trans(a), key, write_key, input_precision=PRECISION) * down
+    tl.store(grad_keys + target, (read_key + write_key * step[:, None]).to(dtype), mask)
+    grad_step = tl.sum(write_key * k, 1)
     share = at * shares + row * (heads * shares) + tl.program_id(2)
     tl.store(grad_beta + share, grad_step, inside)
-    tl.store(grad_decay + share, grad_gate, inside)
+
+    # The decay of a document's first token multiplies zero.
+    if VECTOR:
+        later = tl.where(row[:, None] <= row[None, :], 1.0, 0.0)
+        grad_gate = sum_rows(later, change - write_key * stepped, dtype == tl.bfloat16) + grad_total[None, :]
+        grad_gate = tl.where(((row > 0) | (last == carried))[:, None], grad_gate, 0.0)
+        tl.store(grad_decay + target, grad_gate.to(grad_decay.dtype.element_ty), mask)
+    else:
+        change_row = tl.sum(change, 1) - step * grad_step
+        later = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
+        grad_gate = tl.sum(tl.where(later, change_row[:, None], 0.0), 0)
+        grad_gate += tl.where(document == last, tl.sum(grad_total, 0), 0.0)
+        before = tl.load(documents + batch * length + token + row - 1, inside & (token + row > 0), 0)
+        tl.store(grad_decay + share, tl.where(document == before, grad_gate, 0.0), inside)
 
 
 @triton.jit
 def pair_gradients(
-    grads, documents, errors, grad_values, grad_scores, grad_overlaps, d_batch, d_token, d_head,
+    grads, documents, sums, errors, grad_values, grad_scores, grad_overlaps, d_batch, d_token, d_head,
     length, chunks, first_chunk, window_chunks, heads,
-    V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    V: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The cotangents of P and A of one chunk, before they are weighted with decays."""
+    """The cotangents of P and A of one chunk; those of a vector decay before they are weighted with it."""
     chunk = first_chunk + tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
@@ -142,23 +174,30 @@ def pair_gradients(
         overlap = tl.dot(residual, tl.trans(error), overlap, input_precision=PRECISION)
     document, _, _ = chunk_documents(documents, batch, chunk, length, C)
     same = document[:, None] == document[None, :]
+    if not VECTOR:
+        b = tl.load(sums + (sequence * chunks + chunk) * C + row)
+        weight = tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0))
+        score *= weight
+        overlap *= weight
     target = local * C * C + (row[:, None] * C + row[None, :])
     tl.store(grad_scores + target, tl.where(same & (row[:, None] >= row[None, :]), score, 0.0).to(dtype))
     tl.store(grad_overlaps + target, tl.where(same & (row[:, None] > row[None, :]), -overlap, 0.0).to(dtype))
 
 
 @triton.jit
-def vector_gradients(
-    grads, queries, keys, beta, documents, sums, states, errors, grad_states, grad_values,
+def far_gradients(
+    grads, queries, keys, beta, documents, sums, far, states, errors, grad_states, grad_values,
     grad_scores, grad_overlaps, grad_queries, grad_keys, grad_beta, grad_decay,
     d_batch, d_token, d_head, q_batch, q_token, q_head, k_batch, k_token, k_head, b_batch, b_token, b_head,
-    length, chunks, first_chunk, window_chunks, heads, ratio, shares,
+    length, chunks, first_chunk, window_chunks, heads, ratio, shares, far_blocks,
     K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With a vector decay; pairs of tokens as in `vector_pairs`."""
+    """With a vector decay, where a chunk is far; pairs of tokens as in `far_pairs`."""
     chunk = first_chunk + tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
+    if not is_far(far, sequence * chunks + chunk, far_blocks):
+        return
     batch, head = sequence // heads, sequence % heads
     dtype: tl.constexpr = keys.dtype.element_ty
     row = tl.arange(0, C)

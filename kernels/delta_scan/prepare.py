@@ -13,6 +13,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of it is zero in float32; sums must not be swallowed by what is far below.
 LEAST = tl.constexpr(-150.0)
+# Pairs of a vector decay are products of q exp2(b + ANCHOR) and k exp2(-b - ANCHOR) while b > -REACH: then every
+# factor is a normal number of bfloat16 and float32, whose range is the same.
+ANCHOR = tl.constexpr(60.0)
+HEAD_SCALE = tl.constexpr(2.0**-60)
+REACH = tl.constexpr(120.0)
 
 
 @triton.jit
@@ -21,13 +26,21 @@ def chunk_documents(documents, batch, chunk, length, C: tl.constexpr):
 
     `documents` has at least one column.
     """
-    row = documents + batch * tl.maximum(length, 1)
-    final = tl.maximum(length, 1) - 1
-    document = tl.load(row + tl.minimum(chunk * C + tl.arange(0, C), final))
-    carried = tl.load(row + tl.maximum(chunk * C - 1, 0))
-    last = tl.load(row + tl.minimum(chunk * C + C - 1, final))
-    carried = tl.where(chunk > 0, carried, 0)
+    documents += batch * tl.maximum(length, 1) + chunk * C
+    final = (tl.maximum(length, 1) - 1 - chunk * C).to(tl.int32)
+    document = tl.load(documents + tl.minimum(tl.arange(0, C), final))
+    last = tl.load(documents + tl.minimum(C - 1, final))
+    carried = tl.load(documents - 1, chunk > 0, 0)
     return document, carried, last
+
+
+@triton.jit
+def chunk_document(documents, batch, chunk, length, C: tl.constexpr):
+    """`chunk_documents`, less the first, of a chunk with one document."""
+    documents += batch * tl.maximum(length, 1) + chunk * C
+    last = tl.load(documents)
+    carried = tl.load(documents - 1, chunk > 0, 0)
+    return carried, last
 
 
 @triton.jit
@@ -117,11 +130,15 @@ def scalar_prepare(
 
 @triton.jit
 def vector_decay(
-    queries, keys, beta, log_decay, documents, sums, read_queries, read_keys, write_keys, carries,
+    queries, keys, beta, log_decay, documents, sums, far, read_queries, read_keys, write_keys, carries,
     q_batch, q_token, q_head, k_batch, k_token, k_head, b_batch, b_token, b_head, g_batch, g_token, g_head,
     length, chunks, heads, ratio, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Queries and keys decayed to the edges of one chunk, with a vector decay; BLOCK_K key channels."""
+    """Queries and keys decayed to the edges of one chunk, with a vector decay; BLOCK_K key channels.
+
+    `far`: whether pairs need exponentials of their own. Documents that share a chunk always have them, so that the
+    decays of one do not choose how another is computed.
+    """
     chunk = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
     batch, head = sequence // heads, sequence % heads
@@ -136,12 +153,16 @@ def vector_decay(
     k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0)
     log_decay += batch * g_batch + head * g_head + token * g_token
     gate = tl.load(log_decay + row[:, None] * g_token + width[None, :], mask, 0.0)
-    gate = tl.maximum(gate.to(tl.float32) * LOG2E, LEAST)
+    gate = tl.maximum(gate.to(tl.float32), LEAST / LOG2E)
     step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
     document, carried, last = chunk_documents(documents, batch, chunk, length, C)
 
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
-    b = tl.dot(visible.to(tl.float32), gate, input_precision="tf32x3")
+    visible = tl.where(visible, 1.0, 0.0)
+    if log_decay.dtype.element_ty == tl.bfloat16:
+        b = tl.dot(visible.to(tl.bfloat16), gate.to(tl.bfloat16)) * LOG2E
+    else:
+        b = tl.dot(visible, gate, input_precision="tf32x3") * LOG2E
     total = tl.sum(tl.where((row == C - 1)[:, None], b, 0.0), 0)
     read = tl.where((document == carried)[:, None], tl.exp2(b), 0.0)
     write = tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0) * step[:, None]
@@ -149,11 +170,79 @@ def vector_decay(
     target = at * C * K + (row[:, None] * K + width[None, :])
     stored = (row >= 0)[:, None] & (width < K)[None, :]
     dtype: tl.constexpr = keys.dtype.element_ty
+    near = (tl.min(tl.min(b, 1), 0) > -REACH) & (tl.min(document, 0) == last) & (dtype != tl.float16)
+    tl.store(far + at * tl.num_programs(2) + tl.program_id(2), tl.where(near, 0, 1))
     tl.store(sums + target, b, stored)
     tl.store(read_queries + target, (q.to(tl.float32) * read).to(dtype), stored)
     tl.store(read_keys + target, (k.to(tl.float32) * read).to(dtype), stored)
     tl.store(write_keys + target, (k.to(tl.float32) * write).to(dtype), stored)
     tl.store(carries + at * K + width, tl.where(last == carried, tl.exp2(total), 0.0), width < K)
+
+
+@triton.jit
+def is_far(far, at, blocks):
+    """Whether any of a chunk's blocks of channels is; at most 16 of them."""
+    block = tl.arange(0, 16)
+    return tl.max(tl.load(far + at * blocks + block, block < blocks, 0), 0) != 0
+
+
+@triton.jit
+def store_pairs(
+    score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length,
+    C: tl.constexpr, NEAR: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T and P from the decayed products of keys and queries with the keys of one chunk; NEAR: of one document."""
+    row = tl.arange(0, C)
+    step = tl.load(beta + chunk * C * b_token + row * b_token, row < length - chunk * C, 0.0).to(tl.float32)
+    visible = row[:, None] >= row[None, :]
+    if not NEAR:
+        document, _, _ = chunk_documents(documents, batch, chunk, length, C)
+        visible &= document[:, None] == document[None, :]
+    score = tl.where(visible, score * step[None, :], 0.0)
+    overlap = tl.where(visible & (row[:, None] > row[None, :]), overlap * step[None, :], 0.0)
+    tile = at * C * C + (row[:, None] * C + row[None, :])
+    dtype: tl.constexpr = scores.dtype.element_ty
+    tl.store(scores + tile, score.to(dtype))
+    tl.store(inverses + tile, unit_lower_inverse(overlap, C, PRECISION).to(dtype))
+
+
+@triton.jit
+def near_pairs(
+    queries, keys, beta, documents, sums, far, inverses, scores,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, b_batch, b_token, b_head,
+    length, chunks, heads, ratio, far_blocks,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """T and P of one chunk and head, with a vector decay that is not far: exp2(b_i - b_j) is split between operands."""
+    chunk = tl.program_id(0).to(tl.int64)
+    sequence = tl.program_id(1).to(tl.int64)
+    at = sequence * chunks + chunk
+    if is_far(far, at, far_blocks):
+        return
+    batch, head = sequence // heads, sequence % heads
+    dtype: tl.constexpr = keys.dtype.element_ty
+    row = tl.arange(0, C)
+    inside = row < length - chunk * C
+    queries += batch * q_batch + (head // ratio) * q_head + chunk * C * q_token
+    keys += batch * k_batch + (head // ratio) * k_head + chunk * C * k_token
+    sums += at * C * K
+    score = tl.zeros([C, C], tl.float32)
+    overlap = tl.zeros([C, C], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        width = start + tl.arange(0, BLOCK_K)
+        known = (width < K)[None, :]
+        mask = inside[:, None] & known
+        q = tl.load(queries + (row[:, None] * q_token + width[None, :]), mask, 0.0).to(tl.float32)
+        k = tl.load(keys + (row[:, None] * k_token + width[None, :]), mask, 0.0).to(tl.float32)
+        b = tl.load(sums + (row[:, None] * K + width[None, :]), known, 0.0)
+        up = tl.exp2(b + ANCHOR)
+        earlier = tl.trans((k * tl.exp2(-b - ANCHOR)).to(dtype))
+        score = tl.dot((q * up).to(dtype), earlier, score, input_precision=PRECISION)
+        overlap = tl.dot((k * up).to(dtype), earlier, overlap, input_precision=PRECISION)
+    beta += batch * b_batch + head * b_head
+    store_pairs(
+        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, True, PRECISION
+    )  # fmt: skip
 
 
 @triton.jit
@@ -168,19 +257,22 @@ def anchored(b, anchor, block, C: tl.constexpr):
 
 
 @triton.jit
-def vector_pairs(
-    queries, keys, beta, documents, sums, inverses, scores,
+def far_pairs(
+    queries, keys, beta, documents, sums, far, inverses, scores,
     q_batch, q_token, q_head, k_batch, k_token, k_head, b_batch, b_token, b_head,
-    length, chunks, heads, ratio,
+    length, chunks, heads, ratio, far_blocks,
     K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T and P of one chunk and head, with a vector decay.
+    """T and P of one chunk and head, with a vector decay, where the chunk is far.
 
     Pairs in different blocks of 16 rows are matrix products of anchored factors; pairs in one block are summed with
     their own exponentials, one column of every block at a time.
     """
     chunk = tl.program_id(0).to(tl.int64)
     sequence = tl.program_id(1).to(tl.int64)
+    at = sequence * chunks + chunk
+    if not is_far(far, at, far_blocks):
+        return
     batch, head = sequence // heads, sequence % heads
     dtype: tl.constexpr = keys.dtype.element_ty
     row = tl.arange(0, C)
@@ -190,7 +282,6 @@ def vector_pairs(
     inside = row < length - token
     queries += batch * q_batch + (head // ratio) * q_head + token * q_token
     keys += batch * k_batch + (head // ratio) * k_head + token * k_token
-    at = sequence * chunks + chunk
     sums += at * C * K
     score = tl.zeros([C, C], tl.float32)
     overlap = tl.zeros([C, C], tl.float32)
@@ -218,12 +309,9 @@ def vector_pairs(
             score_own += tl.where((within == j)[None, :], tl.sum(q * decayed, 1)[:, None], 0.0)
             overlap_own += tl.where((within == j)[None, :], tl.sum(k * decayed, 1)[:, None], 0.0)
 
-    step = tl.load(beta + batch * b_batch + head * b_head + token * b_token + row * b_token, inside, 0.0).to(tl.float32)
-    document, _, _ = chunk_documents(documents, batch, chunk, length, C)
-    visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
-    score = tl.where(visible, (score + to_diagonal_blocks(score_own, C)) * step[None, :], 0.0)
-    overlap = (overlap + to_diagonal_blocks(overlap_own, C)) * step[None, :]
-    overlap = tl.where(visible & (row[:, None] > row[None, :]), overlap, 0.0)
-    tile = at * C * C + (row[:, None] * C + row[None, :])
-    tl.store(scores + tile, score.to(dtype))
-    tl.store(inverses + tile, unit_lower_inverse(overlap, C, PRECISION).to(dtype))
+    beta += batch * b_batch + head * b_head
+    score += to_diagonal_blocks(score_own, C)
+    overlap += to_diagonal_blocks(overlap_own, C)
+    store_pairs(
+        score, overlap, beta, documents, inverses, scores, batch, chunk, at, b_token, length, C, False, PRECISION
+    )  # fmt: skip

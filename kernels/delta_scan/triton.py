@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
-from longtrain_kernels.delta_scan.gradients import pair_gradients, scalar_gradients, vector_gradients
-from longtrain_kernels.delta_scan.prepare import scalar_prepare, vector_decay, vector_pairs
+from longtrain_kernels.delta_scan.gradients import chunk_gradients, far_gradients, pair_gradients
+from longtrain_kernels.delta_scan.prepare import far_pairs, near_pairs, scalar_prepare, vector_decay
 from longtrain_kernels.delta_scan.sweep import backward_sweep, fold, forward_sweep
 from longtrain_kernels.passes import KernelSegment, Passes
 
@@ -39,9 +39,9 @@ def _sweep(key: int, value: int, dtype: torch.dtype, vector: bool, backward: boo
     return _Launch(block, warps=8 if block == 128 else 4, stages=2 if vector and backward else 3)
 
 
-def _gradient_launch(key: int, dtype: torch.dtype, vector: bool) -> _Launch:
+def _gradient_launch(key: int, dtype: torch.dtype) -> _Launch:
     """Key channels of a program of the gradients."""
-    return _Launch(min(key, 128 if dtype.itemsize == 2 and not vector else 64), warps=8, stages=2)
+    return _Launch(min(key, 64), warps=4 if dtype.itemsize == 2 else 8, stages=3 if dtype.itemsize == 2 else 2)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class DeltaPasses(Passes):
         key, value = keys.shape[-1], values.shape[-1]
         width = max(16, triton.next_power_of_2(key))
         self._launches = {back: _sweep(width, value, dtype, self._vector, back) for back in (False, True)}
-        self._gradient_launch = _gradient_launch(width, dtype, self._vector)
+        self._gradient_launch = _gradient_launch(width, dtype)
         self._sizes = _sizes(keys, values, self._launches[False].block)
         self._precision = "tf32x3" if dtype == torch.float32 else "tf32"
 
@@ -172,21 +172,25 @@ class DeltaPasses(Passes):
         shares = triton.cdiv(s.key, launch.block)
         position = (s.length, s.chunks, first_chunk, chunks, s.heads)
         block_value = min(triton.next_power_of_2(max(s.value, 16)), 32)
-        if self._vector:
-            pairs = tuple(self._v.new_empty(s.sequences, chunks, CHUNK, CHUNK) for _ in range(2))
-            pair_gradients[grid](
-                self._grad, self._documents, scratch[1], scratch[3], *pairs, *_strides(self._grad), *position,
-                V=s.value, BLOCK_V=block_value, C=CHUNK, PRECISION=self._precision, num_warps=4, num_stages=3,
-            )  # fmt: skip
-            scratch = (*scratch, *pairs)
-        kernel = vector_gradients if self._vector else scalar_gradients
-        kernel[(*grid, shares)](
-            self._grad, self._q, self._k, self._beta, self._documents, self._sums, *scratch, *grads,
-            *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
-            *position, s.heads // s.groups, shares,
-            K=s.key, V=s.value, BLOCK_K=launch.block, BLOCK_V=block_value, C=CHUNK,
-            PRECISION=self._precision, num_warps=launch.warps, num_stages=launch.stages,
+        pairs = tuple(self._v.new_empty(s.sequences, chunks, CHUNK, CHUNK) for _ in range(2))
+        pair_gradients[grid](
+            self._grad, self._documents, self._sums, scratch[1], scratch[3], *pairs, *_strides(self._grad), *position,
+            V=s.value, BLOCK_V=block_value, C=CHUNK, VECTOR=self._vector, PRECISION=self._precision,
+            num_warps=4, num_stages=3,
         )  # fmt: skip
+        arguments = (
+            self._grad, self._q, self._k, self._beta, self._documents, self._sums, self._far, *scratch, *pairs, *grads,
+            *_strides(self._grad), *_strides(self._q), *_strides(self._k), *_strides(self._beta),
+            *position, s.heads // s.groups, shares, self._far.shape[-1],
+        )  # fmt: skip
+        sizes = {"K": s.key, "V": s.value, "BLOCK_K": launch.block, "C": CHUNK, "PRECISION": self._precision}
+        if self._v.dtype != torch.float16 or not self._vector:
+            chunk_gradients[(*grid, shares)](
+                *arguments, **sizes, BLOCK_V=block_value, VECTOR=self._vector,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+        if self._vector:
+            far_gradients[(*grid, shares)](*arguments, **sizes, BLOCK_V=block_value, num_warps=8, num_stages=2)
 
     def _groups(self, grad: Tensor) -> Tensor:
         """[B, L, H, K] -> [B, L, G, K], summed over the value heads of a key head."""
@@ -207,6 +211,7 @@ class DeltaPasses(Passes):
             return
         self._sums, self._reads, self._writes = (self._float(s.sequences, s.chunks, CHUNK) for _ in range(3))
         self._carries = self._float(s.sequences, s.chunks)
+        self._far = self._documents  # of no use
         self._operands: tuple[Tensor, ...] = (self._q, self._k, self._k)
         self._ratio = s.heads // s.groups
         gate = self._beta if self._log_decay is None else self._log_decay
@@ -232,17 +237,21 @@ class DeltaPasses(Passes):
         gate = _rows(self._log_decay)
         block = min(s.block_key, 64)
         inputs = (*_strides(self._q), *_strides(self._k), *_strides(self._beta))
-        vector_decay[(s.chunks, s.sequences, triton.cdiv(s.key, block))](
-            self._q, self._k, self._beta, gate, self._documents, self._sums, *self._operands, self._carries,
+        blocks = triton.cdiv(s.key, block)
+        self._far = torch.empty(s.sequences, s.chunks, blocks, dtype=torch.int32, device=self._v.device)
+        vector_decay[(s.chunks, s.sequences, blocks)](
+            self._q, self._k, self._beta, gate, self._documents, self._sums, self._far, *self._operands, self._carries,
             *inputs, *_strides(gate), s.length, s.chunks, s.heads, s.heads // s.groups,
-            K=s.key, BLOCK_K=block, C=CHUNK, num_warps=4,
+            K=s.key, BLOCK_K=block, C=CHUNK, num_warps=8,
         )  # fmt: skip
-        vector_pairs[(s.chunks, s.sequences)](
-            self._q, self._k, self._beta, self._documents, self._sums, self._inverses, self._scores,
-            *inputs, s.length, s.chunks, s.heads, s.heads // s.groups,
-            K=s.key, BLOCK_K=block, C=CHUNK, PRECISION=self._precision,
-            num_warps=4 if self._v.dtype.itemsize == 2 else 8,
-        )  # fmt: skip
+        # Each returns from the chunks of the other.
+        for kernel in (far_pairs,) if self._v.dtype == torch.float16 else (near_pairs, far_pairs):
+            kernel[(s.chunks, s.sequences)](
+                self._q, self._k, self._beta, self._documents, self._sums, self._far, self._inverses, self._scores,
+                *inputs, s.length, s.chunks, s.heads, s.heads // s.groups, blocks,
+                K=s.key, BLOCK_K=block, C=CHUNK, PRECISION=self._precision,
+                num_warps=4 if self._v.dtype.itemsize == 2 else 8,
+            )  # fmt: skip
 
     def _forward(self, mode: str, first: int, window: int, **results: Tensor) -> None:
         s, launch = self._sizes, self._launches[False]

@@ -71,6 +71,14 @@ def test_kernels_are_the_recurrence(decay: str, length: int) -> None:
     assert_equal_to_the_reference(inputs(decay, length), documents, rounding=2e-5)
 
 
+def test_slow_vector_decays() -> None:
+    # Chunks of one document whose decays are split between operands, and one whose documents share it.
+    tensors = inputs("vector", 200, strength=0.1, batch=1)
+    documents = segment_documents(((0, 64, 130),), 0, 200)
+    # float32 sums of up to 200 terms
+    assert_equal_to_the_reference(tensors, documents, rounding=2e-5)
+
+
 @pytest.mark.parametrize("decay", DECAYS)
 def test_half_precision(decay: str) -> None:
     # The interpreter multiplies the bit patterns of bfloat16 matrices; those are tested on GPUs.
