@@ -27,6 +27,25 @@ def sum_rows(selected, terms, HALF: tl.constexpr):
 
 
 @triton.jit
+def state_products(
+    states, grad_states, width, K: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """<S, dS'> of one chunk for each key channel of `width`.
+
+    Reads the tiles again: one that feeds a matrix product must not be looked at in the same pipelined loop. Triton (3.6
+    at least) then keeps a single copy of it in shared memory, and refills that while the product may still read it.
+    """
+    products = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        column = start + tl.arange(0, BLOCK_V)
+        tile = column[:, None] * K + width[None, :]
+        mask = (column < V)[:, None] & (width < K)[None, :]
+        state = tl.load(states + tile, mask, 0.0).to(tl.float32)
+        products += tl.sum(state * tl.load(grad_states + tile, mask, 0.0).to(tl.float32), 0)
+    return products
+
+
+@triton.jit
 def chunk_gradients(
     grads, queries, keys, beta, documents, sums, far, states, errors, grad_states, grad_values,
     grad_scores, grad_overlaps, grad_queries, grad_keys, grad_beta, grad_decay,
@@ -78,7 +97,6 @@ def chunk_gradients(
     grad_query = tl.zeros([C, BLOCK_K], tl.float32)
     read_key = tl.zeros([C, BLOCK_K], tl.float32)
     write_key = tl.zeros([C, BLOCK_K], tl.float32)
-    products = tl.zeros([BLOCK_V, BLOCK_K], tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         value_mask = inside[:, None] & (column < V)[None, :]
@@ -91,8 +109,7 @@ def chunk_gradients(
         grad_query = tl.dot(grad, state, grad_query, input_precision=PRECISION)
         read_key = tl.dot(residual, state, read_key, input_precision=PRECISION)
         write_key = tl.dot(error, grad_state, write_key, input_precision=PRECISION)
-        products += state.to(tl.float32) * grad_state.to(tl.float32)
-    products = tl.sum(products, 0)
+    products = state_products(states, grad_states, width, K, V, BLOCK_V, BLOCK_K)
 
     p = tl.load(grad_scores + square)
     a = tl.load(grad_overlaps + square)
@@ -224,7 +241,6 @@ def far_gradients(
     grad_query = tl.zeros([C, BLOCK_K], tl.float32)
     read_key = tl.zeros([C, BLOCK_K], tl.float32)
     write_key = tl.zeros([C, BLOCK_K], tl.float32)
-    grad_total = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, V, BLOCK_V):
         column = start + tl.arange(0, BLOCK_V)
         value_mask = inside[:, None] & (column < V)[None, :]
@@ -237,7 +253,6 @@ def far_gradients(
         grad_query = tl.dot(grad, state, grad_query, input_precision=PRECISION)
         read_key = tl.dot(residual, state, read_key, input_precision=PRECISION)
         write_key = tl.dot(error, grad_state, write_key, input_precision=PRECISION)
-        grad_total += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), 0)
 
     q = tl.load(queries + row[:, None] * q_token + width[None, :], mask, 0.0).to(tl.float32)
     k = tl.load(keys + row[:, None] * k_token + width[None, :], mask, 0.0).to(tl.float32)
@@ -248,7 +263,8 @@ def far_gradients(
     grad_query = grad_query * read
     read_key = -read_key * read
     write_key *= tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0)
-    grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * grad_total + tl.sum(write_key * k * step, 0)
+    products = state_products(states, grad_states, width, K, V, BLOCK_V, BLOCK_K)
+    grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * products + tl.sum(write_key * k * step, 0)
 
     same = document[:, None] == document[None, :]
     square = row[:, None] * C + row[None, :]
