@@ -190,15 +190,17 @@ def pair_gradients(
         score = tl.dot(grad, tl.trans(error), score, input_precision=PRECISION)
         overlap = tl.dot(residual, tl.trans(error), overlap, input_precision=PRECISION)
     document, _, _ = chunk_documents(documents, batch, chunk, length, C)
-    same = document[:, None] == document[None, :]
+    weight = tl.where(document[:, None] == document[None, :], 1.0, 0.0)
     if not VECTOR:
         b = tl.load(sums + (sequence * chunks + chunk) * C + row)
-        weight = tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0))
-        score *= weight
-        overlap *= weight
+        weight *= tl.exp2(tl.minimum(b[:, None] - b[None, :], 0.0))
+    # The sign of A is in its weight: where a product's result was negated and then multiplied, ptxas 12.8 has taken it
+    # for unused and removed the product.
+    score *= tl.where(row[:, None] >= row[None, :], weight, 0.0)
+    overlap *= tl.where(row[:, None] > row[None, :], -weight, 0.0)
     target = local * C * C + (row[:, None] * C + row[None, :])
-    tl.store(grad_scores + target, tl.where(same & (row[:, None] >= row[None, :]), score, 0.0).to(dtype))
-    tl.store(grad_overlaps + target, tl.where(same & (row[:, None] > row[None, :]), -overlap, 0.0).to(dtype))
+    tl.store(grad_scores + target, score.to(dtype))
+    tl.store(grad_overlaps + target, overlap.to(dtype))
 
 
 @triton.jit
