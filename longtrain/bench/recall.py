@@ -83,6 +83,8 @@ class Config(Options):
     """None: CUDA where there is a GPU."""
     backend: Backend | None = None
     """None: by the device."""
+    precision: Literal["float32", "bfloat16"] | None = None
+    """Of activations. None: bfloat16 on a GPU, float32 on a CPU."""
 
 
 def run(config: Config) -> int:
@@ -159,14 +161,17 @@ def train(
     mixers = job.config.mixer.options
     model = build_model(job.config.model, mixers, task.vocabulary, config.seed, job.registry).to(device)
     optimizer = OptimizerConfig("adamw", learning_rate, 0.1, task.steps // 10, (0.9, 0.95), 1e-8, 0.1, 1.0)
-    engine = ReplicatedEngine(model, EngineConfig("replicated", "float32", "auto"), optimizer, task.steps, Group(0, 1))
+    precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    engine = ReplicatedEngine(model, EngineConfig("replicated", precision, "auto"), optimizer, task.steps, Group(0, 1))
     shards = {n: _shard(n, task, device) for n in task.pairs}
     loss = torch.zeros(())
     for step, batch in enumerate(_batches(task, config.seed, task.steps, device)):
-        loss = F.cross_entropy(_logits(model, batch, shards, config).flatten(0, 1), batch.answers.flatten())
+        with engine.autocast(device):
+            logits = _logits(model, batch, shards, config)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
         engine.step(loss, step)
     correct: dict[int, list[Tensor]] = {n: [] for n in task.pairs}
-    with torch.no_grad():
+    with torch.no_grad(), engine.autocast(device):
         # Another seed: the pairs were never trained on.
         for batch in _batches(task, config.seed + 1, EVALUATION_BATCHES * len(task.pairs), device):
             right = _logits(model, batch, shards, config).argmax(-1) == batch.answers

@@ -15,6 +15,7 @@ from longtrain_kernels.diagonal_scan import DiagonalScan
 pytestmark = pytest.mark.gpu
 
 H, D = 16, 128
+KINDS = ("scalar", "vector", "gated", "kda")
 LONG = 2**20 + 2**14 + 77  # times H D: past 2^31, and a multiple of nothing
 
 
@@ -24,16 +25,21 @@ def inputs(kind: str, length: int) -> list[Tensor]:
     q, k, v = (normal(1, length, H, D) for _ in range(3))
     q *= D**-0.5
     gate = torch.rand(1, length, H, device="cuda") * -0.1
-    if kind == "gated":
+    if kind in ("vector", "kda"):
+        gate = normal(1, length, H, D).sigmoid_().mul_(-0.1)
+    if kind in ("gated", "kda"):
         k = torch.nn.functional.normalize(k, dim=-1)
         return [q, k, v, torch.rand(1, length, H, device="cuda").to(torch.bfloat16), gate]
-    if kind == "vector":
-        gate = normal(1, length, H, D).sigmoid_().mul_(-0.1)
     return [q, k, v, gate]
 
 
+def names(kind: str) -> list[str]:
+    """Of the inputs."""
+    return ["q", "k", "v", "beta", "gate"] if kind in ("gated", "kda") else ["q", "k", "v", "gate"]
+
+
 def scan(kind: str) -> Callable[..., Any]:
-    return partial(DeltaScan if kind == "gated" else DiagonalScan, backend=Backend.TRITON)
+    return partial(DeltaScan if kind in ("gated", "kda") else DiagonalScan, backend=Backend.TRITON)
 
 
 def run(kind: str, leaves: list[Tensor], state: Tensor | None, grad: Tensor, grad_state: Tensor) -> list[Tensor]:
@@ -53,7 +59,7 @@ def difference(got: Tensor, want: Tensor) -> float:
     return (sum(s for s, _ in squares) / sum(n for _, n in squares)).sqrt().item()
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_past_two_to_the_31_elements(kind: str) -> None:
     whole = inputs(kind, LONG)
     assert whole[0].numel() > 2**31
@@ -69,13 +75,14 @@ def test_past_two_to_the_31_elements(kind: str) -> None:
     # Chunks lie elsewhere behind the cut: bfloat16 roundings differ, each 2^-9
     assert difference(torch.cat([left[0], right[0]], 1), output) < 1e-2
     assert difference(right[1], final) < 1e-2
-    for name, a, b, both in zip(["q", "k", "v", "gate", "beta"], left[2:-1], right[2:-1], grads, strict=False):
-        assert difference(torch.cat([a, b], 1), both) < 2e-2, name
+    for name, a, b, both in zip(names(kind), left[2:-1], right[2:-1], grads, strict=True):
+        # a gate's gradient adds up the roundings of its segment
+        assert difference(torch.cat([a, b], 1), both) < (4e-2 if name == "gate" else 1e-2), name
 
 
-@pytest.mark.parametrize("kind", ["scalar", "vector", "gated"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_memory_of_a_million_tokens(kind: str) -> None:
-    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()  # a failed test's tensors live on
     leaves = [leaf.requires_grad_() for leaf in inputs(kind, 2**20)]
     grad = torch.randn_like(leaves[2])
     documents = torch.zeros(1, 2**20, dtype=torch.int32, device="cuda")
@@ -84,5 +91,5 @@ def test_memory_of_a_million_tokens(kind: str) -> None:
     output, _ = scan(kind)(*leaves).apply(documents, None)
     grads = torch.autograd.grad(output, leaves, grad)
     own = outside + output.nbytes + sum(g.nbytes for g in grads)
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() - before
     assert peak < 2 * own, f"{peak / own:.2f} times inputs, outputs and their gradients"

@@ -55,13 +55,21 @@ def packed_documents(batch: int, length: int, edges: tuple[int, ...] = (16, 64))
     return segment_documents(tuple(rows), 0, length) - first
 
 
+def _decays_so_far(documents: Tensor) -> Tensor:
+    """[B, L]: how many decays lie between each token and the start of its document, or the incoming state."""
+    index = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    starts = torch.diff(documents, dim=1, prepend=torch.zeros_like(documents[:, :1])) != 0
+    return index - torch.where(starts, index, -1).cummax(1).values
+
+
 def scan_errors(
     make: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, documents: Tensor
 ) -> dict[str, float]:
     """Relative error norms of `make(**inputs)` against `reference(**inputs in float64)`, by result and by gradient.
 
     Memory that a kernel forgets to write is NaN, and so is the error then. The gradient of decays sums q dq - k dk over
-    later tokens; where most of that cancels, its error is relative to the terms.
+    later tokens; where most of that cancels, its error is relative to the terms. A head's constant decay counts each
+    term as often as it was applied before it.
     """
     batch, _, heads, columns = inputs["values"].shape
     width = inputs["keys"].shape[-1]
@@ -93,6 +101,9 @@ def scan_errors(
     scales = {name: tensor.norm() for name, tensor in want.items()}
     if "d_log_decay" in want:
         terms = exact["queries"] * want["d_queries"]
-        terms = terms if exact["log_decay"].dim() == 4 else terms.sum(-1)
+        if exact["log_decay"].dim() < 4:
+            terms = terms.sum(-1)
+        if exact["log_decay"].dim() == 1:
+            terms = terms * _decays_so_far(documents)[..., None]
         scales["d_log_decay"] = torch.maximum(scales["d_log_decay"], terms.norm())
     return {name: ((got[name].double() - want[name]).norm() / (scales[name] + 1e-30)).item() for name in want}
