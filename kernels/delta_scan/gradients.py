@@ -11,19 +11,7 @@ import triton
 import triton.language as tl
 
 from longtrain_kernels.delta_scan.prepare import ANCHOR, HEAD_SCALE, anchored, chunk_document, chunk_documents, is_far
-
-
-@triton.jit
-def sum_rows(selected, terms, HALF: tl.constexpr):
-    """selected @ terms for zeros and ones [C, C]; HALF: in two parts of bfloat16, which keep 16 bits of each term."""
-    if HALF:
-        selected = selected.to(tl.bfloat16)
-        high = terms.to(tl.bfloat16)
-        low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-        sums = tl.dot(selected, low, tl.dot(selected, high))
-    else:
-        sums = tl.dot(selected, terms, input_precision="tf32x3")
-    return sums
+from longtrain_kernels.row_sums import sum_rows
 
 
 @triton.jit
@@ -149,8 +137,8 @@ def chunk_gradients(
 
     # The decay of a document's first token multiplies zero.
     if VECTOR:
-        later = tl.where(row[:, None] <= row[None, :], 1.0, 0.0)
-        grad_gate = sum_rows(later, change - write_key * stepped, dtype == tl.bfloat16) + grad_total[None, :]
+        later = row[:, None] <= row[None, :]
+        grad_gate = sum_rows(later, change - write_key * stepped, dtype, 16) + grad_total[None, :]
         grad_gate = tl.where(((row > 0) | (last == carried))[:, None], grad_gate, 0.0)
         tl.store(grad_decay + target, grad_gate.to(grad_decay.dtype.element_ty), mask)
     else:
@@ -300,8 +288,7 @@ def far_gradients(
     share = at * shares + row * (heads * shares) + tl.program_id(2)
     tl.store(grad_beta + share, tl.sum(write_key * k, 1), inside)
     change = q * grad_query + k * (read_key - step * write_key)
-    later = (same & (row[:, None] <= row[None, :])).to(tl.float32)
-    grad_gate = tl.dot(later, change, input_precision="tf32x3")
+    grad_gate = sum_rows(same & (row[:, None] <= row[None, :]), change, dtype, 16)
     grad_gate += tl.where((document == last)[:, None], grad_total[None, :], 0.0)
     before = tl.load(documents + batch * length + token + row - 1, inside & (token + row > 0), 0)
     grad_gate = tl.where((document == before)[:, None], grad_gate, 0.0)  # a document's first token decays nothing

@@ -10,6 +10,8 @@ that the kernels use"). Log-decays are in base 2.
 import triton
 import triton.language as tl
 
+from longtrain_kernels.row_sums import sum_rows
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # exp2 of it is zero in float32; sums must not be swallowed by what is far below.
 LEAST = tl.constexpr(-150.0)
@@ -158,11 +160,7 @@ def vector_decay(
     document, carried, last = chunk_documents(documents, batch, chunk, length, C)
 
     visible = (document[:, None] == document[None, :]) & (row[:, None] >= row[None, :])
-    visible = tl.where(visible, 1.0, 0.0)
-    if log_decay.dtype.element_ty == tl.bfloat16:
-        b = tl.dot(visible.to(tl.bfloat16), gate.to(tl.bfloat16)) * LOG2E
-    else:
-        b = tl.dot(visible, gate, input_precision="tf32x3") * LOG2E
+    b = sum_rows(visible, gate.to(log_decay.dtype.element_ty), keys.dtype.element_ty) * LOG2E
     total = tl.sum(tl.where((row == C - 1)[:, None], b, 0.0), 0)
     read = tl.where((document == carried)[:, None], tl.exp2(b), 0.0)
     write = tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0) * step[:, None]

@@ -26,6 +26,8 @@ class _Launch:
     block: int
     warps: int
     stages: int
+    values: int = 32
+    """Value columns that a program of the gradients treats at a time."""
 
 
 def _sweep(key: int, value: int, dtype: torch.dtype, vector: bool, backward: bool) -> _Launch:
@@ -39,9 +41,12 @@ def _sweep(key: int, value: int, dtype: torch.dtype, vector: bool, backward: boo
     return _Launch(block, warps=8 if block == 128 else 4, stages=2 if vector and backward else 3)
 
 
-def _gradient_launch(key: int, dtype: torch.dtype) -> _Launch:
+def _gradient_launch(key: int, dtype: torch.dtype, vector: bool) -> _Launch:
     """Key channels of a program of the gradients."""
-    return _Launch(min(key, 64), warps=4 if dtype.itemsize == 2 else 8, stages=3 if dtype.itemsize == 2 else 2)
+    block = min(key, 64)
+    if dtype.itemsize > 2:
+        return _Launch(block, warps=8, stages=2)
+    return _Launch(block, warps=4, stages=3) if vector else _Launch(block, warps=4, stages=2, values=64)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class DeltaPasses(Passes):
         key, value = keys.shape[-1], values.shape[-1]
         width = max(16, triton.next_power_of_2(key))
         self._launches = {back: _sweep(width, value, dtype, self._vector, back) for back in (False, True)}
-        self._gradient_launch = _gradient_launch(width, dtype)
+        self._gradient_launch = _gradient_launch(width, dtype, self._vector)
         self._sizes = _sizes(keys, values, self._launches[False].block)
         self._precision = "tf32x3" if dtype == torch.float32 else "tf32"
 
@@ -171,11 +176,11 @@ class DeltaPasses(Passes):
         grid = (min(chunks, s.chunks - first_chunk), s.sequences)
         shares = triton.cdiv(s.key, launch.block)
         position = (s.length, s.chunks, first_chunk, chunks, s.heads)
-        block_value = min(triton.next_power_of_2(max(s.value, 16)), 32)
+        columns = triton.next_power_of_2(max(s.value, 16))
         pairs = tuple(self._v.new_empty(s.sequences, chunks, CHUNK, CHUNK) for _ in range(2))
         pair_gradients[grid](
             self._grad, self._documents, self._sums, scratch[1], scratch[3], *pairs, *_strides(self._grad), *position,
-            V=s.value, BLOCK_V=block_value, C=CHUNK, VECTOR=self._vector, PRECISION=self._precision,
+            V=s.value, BLOCK_V=min(columns, 32), C=CHUNK, VECTOR=self._vector, PRECISION=self._precision,
             num_warps=4, num_stages=3,
         )  # fmt: skip
         arguments = (
@@ -186,11 +191,11 @@ class DeltaPasses(Passes):
         sizes = {"K": s.key, "V": s.value, "BLOCK_K": launch.block, "C": CHUNK, "PRECISION": self._precision}
         if self._v.dtype != torch.float16 or not self._vector:
             chunk_gradients[(*grid, shares)](
-                *arguments, **sizes, BLOCK_V=block_value, VECTOR=self._vector,
+                *arguments, **sizes, BLOCK_V=min(columns, launch.values), VECTOR=self._vector,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         if self._vector:
-            far_gradients[(*grid, shares)](*arguments, **sizes, BLOCK_V=block_value, num_warps=8, num_stages=2)
+            far_gradients[(*grid, shares)](*arguments, **sizes, BLOCK_V=min(columns, 32), num_warps=8, num_stages=2)
 
     def _groups(self, grad: Tensor) -> Tensor:
         """[B, L, H, K] -> [B, L, G, K], summed over the value heads of a key head."""

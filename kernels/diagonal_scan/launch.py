@@ -13,8 +13,6 @@ from longtrain_kernels.diagonal_scan.chunk import bound_documents, boundary_prod
 from longtrain_kernels.passes import Passes
 
 MIN_SEGMENT_CHUNKS = 4
-# A decay's gradient is a sum over the rest of its segment, in which the roundings of every token add up.
-MAX_SEGMENT_CHUNKS = 64
 LOG2_E = 1.4426950408889634  # kernels take decays as exponents of two
 FOLD_BLOCK = 512  # state elements that a program folds
 
@@ -36,6 +34,8 @@ class Plan:
     chunk: int
     programs: int
     """Programs aimed at, over all heads, segments and columns."""
+    longest: int
+    """Chunks of a segment at most: a decay's gradient adds up the roundings of the tokens behind it in its segment."""
     summarize: Settings
     scan: Settings
     finish: Settings
@@ -45,7 +45,7 @@ class Plan:
         """Chunks of a segment for `rows` (batch x heads) of `chunks` chunks."""
         tiles = triton.cdiv(columns, self.scan.block)
         wanted = min(self.programs // (rows * tiles), triton.cdiv(chunks, MIN_SEGMENT_CHUNKS))
-        return triton.cdiv(chunks, max(1, wanted, triton.cdiv(chunks, MAX_SEGMENT_CHUNKS)))
+        return triton.cdiv(chunks, max(1, wanted, triton.cdiv(chunks, self.longest)))
 
 
 @dataclass(frozen=True)

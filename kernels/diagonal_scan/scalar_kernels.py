@@ -194,6 +194,6 @@ def decay_gradients(
         sums, ended, _, _ = tl.associative_scan((terms, edges, edges, rows < 0), 0, _add_within, reverse=True)
         sums = tl.where(ended, sums, sums + carried)
         tl.store(grad + before_row + rows, sums, mask=inside)
-        before = tl.load(documents + rows - 1, mask=rows > 0, other=0)
+        before = tl.load(documents + tl.minimum(rows, length) - 1, mask=rows > 0, other=0)
         begins = (rows == first + (blocks - 1 - step) * BLOCK) & (own == before)
         carried = tl.sum(tl.where(begins, sums, 0.0), axis=0)

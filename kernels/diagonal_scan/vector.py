@@ -66,7 +66,7 @@ class VectorPasses(DiagonalPasses):
             self.q.tensor, self.k.tensor, self.log_decay, self.bounds, self.continues, self.scaled_q, self.scaled_k,
             self.chunk_decays, far, length, heads, chunks, *self.q.strides, *self.k.strides,
             *self.log_decay.stride()[:3], *self.scaled_q.stride()[:3], WIDTH=width, GROUP=self.k.group,
-            BLOCK=block_of(width), CHUNK=self.plan.chunk, num_warps=8,
+            BLOCK=block_of(width), CHUNK=self.plan.chunk, OPERAND=self.numerics["OPERAND"], num_warps=8,
         )  # fmt: skip
         self.far = F.pad(far, (0, self.segments * segment - chunks)).unflatten(1, (-1, segment)).amax(2)
 
@@ -125,7 +125,7 @@ class VectorPasses(DiagonalPasses):
             self.q.tensor, self.k.tensor, self.log_decay, self.bounds, self.continues, self.far, query_grad, key_grad,
             grads, ends, *self.sizes, *self.q.strides, *self.k.strides, *self.log_decay.stride()[:3],
             *query_grad.stride()[:3], *grads.stride()[:3], WIDTH=self.k.width, GROUP=self.k.group, BLOCK=block,
-            CHUNK=self.plan.chunk, GATE_GRADS=wanted, HALF=self.scaled_dtype == torch.bfloat16,
+            CHUNK=self.plan.chunk, GATE_GRADS=wanted, OPERAND=self.numerics["OPERAND"],
             num_warps=settings.num_warps, num_stages=settings.num_stages,
         )  # fmt: skip
         return decay_grad

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from longtrain_kernels.diagonal_scan.chunk import boundary_state, describe, load_tile, store_tile
+from longtrain_kernels.row_sums import sum_rows
 
 ANCHOR: tl.constexpr = tl.constexpr(60.0)
 EXP_ANCHOR: tl.constexpr = tl.constexpr(2.0**60)
@@ -41,13 +42,11 @@ def load_bounds(bounds, continues, at, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def sum_decays(gates, first, CHUNK: tl.constexpr):
+def sum_decays(gates, first, CHUNK: tl.constexpr, OPERAND: tl.constexpr):
     """b [CHUNK, channels]: a product with the visible pairs, so that documents do not share a running sum."""
     rows = tl.arange(0, CHUNK)
-    visible = tl.where((rows[:, None] >= rows[None, :]) & (rows[None, :] >= first[:, None]), 1.0, 0.0)
-    if gates.dtype == tl.bfloat16:
-        return tl.dot(visible.to(tl.bfloat16), gates) * UNIT
-    return tl.dot(visible, gates.to(tl.float32), input_precision="tf32x3") * UNIT
+    visible = (rows[:, None] >= rows[None, :]) & (rows[None, :] >= first[:, None])
+    return sum_rows(visible, gates, OPERAND) * UNIT
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def last_row(b, head, tail, CHUNK: tl.constexpr):
 def scale_chunks(
     q, k, gates, bounds, continues, scaled_q, scaled_k, decays, far, length, heads, chunks,
     q_b, q_l, q_h, k_b, k_l, k_h, gates_b, gates_l, gates_h, out_b, out_l, out_h,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
     """q', k' [B, L, H, K]; decays [B H, chunks, K] over each chunk; far [B H, chunks]: whether b leaves the reach."""
     chunk, row = tl.program_id(0), tl.program_id(1)
@@ -76,7 +75,7 @@ def scale_chunks(
     gates += batch.to(tl.int64) * gates_b + head.to(tl.int64) * gates_h
     gate_tile = load_tile(gates, begin, length, gates_l, columns, WIDTH, CHUNK)
     start, _, head_rows, tail_rows = load_bounds(bounds, continues, batch.to(tl.int64) * chunks + chunk, CHUNK)
-    b = sum_decays(gate_tile, start, CHUNK)
+    b = sum_decays(gate_tile, start, CHUNK, OPERAND)
     offset = batch.to(tl.int64) * out_b + head.to(tl.int64) * out_h
     store_tile(scaled_q + offset, q_tile * tl.exp2(b + ANCHOR), begin, length, out_l, columns, WIDTH, CHUNK)
     store_tile(scaled_k + offset, k_tile * tl.exp2(-b - ANCHOR), begin, length, out_l, columns, WIDTH, CHUNK)
@@ -209,7 +208,7 @@ def finish_gradients(
     length, heads, chunks, segment_chunks,
     q_b, q_l, q_h, k_b, k_l, k_h, gates_b, gates_l, gates_h, out_b, out_l, out_h, grads_b, grads_l, grads_h,
     WIDTH: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GATE_GRADS: tl.constexpr,
-    HALF: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of q' and k', in place, into those of q and k (which they are in far segments), and of the decays.
 
@@ -235,7 +234,7 @@ def finish_gradients(
         chunk = first + count - 1 - step
         place = [chunk * CHUNK, tile * BLOCK]
         start, end, head_rows, tail_rows, passes = _chunk(bounds, continues, batch * chunks + chunk, CHUNK)
-        b = sum_decays(gates.load(place), start, CHUNK)
+        b = sum_decays(gates.load(place), start, CHUNK, OPERAND)
         query_grad = query_grads.load(place) * tl.where(is_far, 1.0, tl.exp2(b + ANCHOR))
         query_grads.store(place, query_grad.to(query_grads.dtype))
         if GATE_GRADS:
@@ -245,15 +244,7 @@ def finish_gradients(
         if GATE_GRADS:
             terms -= k.load(place) * key_grad
             later = (rows[None, :] >= rows[:, None]) & (rows[None, :] <= end[:, None])
-            later = tl.where(later, 1.0, 0.0)
-            if HALF:
-                # Two halves: sixteen bits of each term, and a product with 0 and 1 is exact.
-                high = terms.to(tl.bfloat16)
-                low = (terms - high.to(tl.float32)).to(tl.bfloat16)
-                later = later.to(tl.bfloat16)
-                sums = tl.dot(later, low, tl.dot(later, high))
-            else:
-                sums = tl.dot(later, terms, input_precision="tf32x3")
+            sums = sum_rows(later, terms, OPERAND, 16)
             sums += tl.where(tail_rows[:, None], later_sums[None, :], 0.0)
             gate_grads.store(place, sums.to(gate_grads.dtype))
             passed = tl.where(passes, later_sums, 0.0)
