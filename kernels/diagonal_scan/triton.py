@@ -14,7 +14,7 @@ from longtrain_kernels.diagonal_scan.vector import VectorPasses
 from longtrain_kernels.passes import KernelSegment
 
 _SMALL = Settings(32, 4, 1)
-SCALAR = Plan(64, 264, 64, Settings(64, 4, 2), Settings(64, 4, 2), _SMALL)
+SCALAR = Plan(64, 264, 64, Settings(64, 4, 3), Settings(64, 4, 2), _SMALL)
 VECTOR = Plan(64, 264, 32, Settings(64, 4, 2), Settings(64, 4, 2), Settings(64, 4, 2))
 WIDE = Plan(32, 528, 64, _SMALL, _SMALL, _SMALL)
 """float32 and float16 operands, or heads wider than 128."""
