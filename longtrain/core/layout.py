@@ -55,19 +55,26 @@ class SequenceLayout:
         spans = [self.span(rank, c) for c in range(chunk + 1)]
         return [s for s in spans if s[1] > s[0]]
 
-    @cached_property
-    def _starts(self) -> list[Tensor]:
-        return [torch.tensor(row, dtype=torch.int64) for row in self.starts]
-
     def documents(self, index: Tensor) -> Tensor:
         """[L] int64 tokens -> [B, L] the document of each, counted from 0; -1 before the sequence."""
-        rows = [torch.searchsorted(row.to(index.device), index, right=True) - 1 for row in self._starts]
-        return torch.stack(rows)
+        starts = self._starts(index.device)
+        return torch.searchsorted(starts, index.expand(len(starts), -1).contiguous(), right=True) - 1
 
     def positions(self, index: Tensor) -> Tensor:
         """[L] int64 tokens -> [B, L] the position of each in its document."""
-        rows = [index - row.to(index.device)[d] for row, d in zip(self._starts, self.documents(index), strict=True)]
-        return torch.stack(rows)
+        return index - self._starts(index.device).gather(1, self.documents(index))
+
+    def _starts(self, device: torch.device) -> Tensor:
+        """[B, documents] int64, filled up with what no token reaches; one copy to a device serves all layers."""
+        if device not in self._starts_by_device:
+            most = max(map(len, self.starts))
+            rows = [[*row, *[torch.iinfo(torch.int64).max] * (most - len(row))] for row in self.starts]
+            self._starts_by_device[device] = torch.tensor(rows, dtype=torch.int64, device=device)
+        return self._starts_by_device[device]
+
+    @cached_property
+    def _starts_by_device(self) -> dict[torch.device, Tensor]:
+        return {}
 
 
 def span_index(spans: Sequence[Span], device: torch.device) -> Tensor:
