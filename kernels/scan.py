@@ -1,7 +1,8 @@
 """What the scans have in common: queries, keys and values bound to a recurrence."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class BoundScan(ABC):
             raise ValueError(f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in shape")
         if self.values.shape[:2] != (batch, length) or self.values.shape[2] % groups:
             raise ValueError(f"values {tuple(self.values.shape)} do not match keys {tuple(self.keys.shape)}")
+
+    def rows(self, part: slice) -> Self:
+        """The recurrence of some of the tokens; what belongs to no token, such as a constant decay, is kept."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: t[:, part] for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() > 1})
 
     def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run from `state` [B, H, K, V] (None: zero); returns outputs [B, L, H, V] and the final state.

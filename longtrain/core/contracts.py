@@ -6,7 +6,7 @@ just before its own. It never learns how many ranks there are.
 """
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -23,6 +23,10 @@ class Recurrence(Protocol):
     inputs: every rank must take part in the collectives of the backward pass.
     """
 
+    def rows(self, part: slice) -> Self:
+        """The recurrence of some of the segment's tokens, as a segment of its own."""
+        ...
+
     def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Outputs [B, L, H, V] and final state [B, H, K, V] from the incoming state (None: zero)."""
         ...
@@ -30,6 +34,15 @@ class Recurrence(Protocol):
     def summarize(self, documents: Tensor) -> Segment:
         """Outputs from the zero state, the affine map of the segment, and what `Segment.correct` needs."""
         ...
+
+
+class Stretch(NamedTuple):
+    """Tokens of a rank that follow each other in the sequence, with the rows before them."""
+
+    part: slice
+    """Which of the rank's L tokens they are."""
+    rows: Tensor
+    """[B, width + len, D]: the `width` rows before the first of them, then their own."""
 
 
 class Sequence(Protocol):
@@ -64,11 +77,11 @@ class Sequence(Protocol):
         """
         ...
 
-    def halo(self, x: Tensor, width: int) -> Tensor:
-        """The `width` rows before this rank's, then its own: [B, L, D] -> [B, width + L, D].
+    def halo(self, x: Tensor, width: int) -> list[Stretch]:
+        """[B, L, D] -> the stretches of the sequence that this rank holds, each with the `width` rows before it.
 
-        Rows before the start of the sequence are zero. Rows of an earlier document are passed on as they are:
-        `positions` tells which of them a token may read.
+        They cover the rank's tokens in order. Rows before the start of the sequence are zero. Rows of an earlier
+        document are passed on as they are: `positions` tells which of them a token may read.
         """
         ...
 

@@ -1,18 +1,22 @@
 """Which tokens of a sequence each rank holds, and where its documents begin: host-side arithmetic, equal on all ranks.
 
-A sequence of T tokens is cut into macro-chunks of time, and each chunk over the ranks. Without streaming there is one
-chunk. Ranks hold contiguous spans whose lengths differ by one token at most; a span may be empty.
+A sequence of T tokens is cut into macro-chunks of time, and each chunk into slots, whose lengths differ by one token at
+most; a slot may be empty. Without streaming there is one chunk. In a contiguous layout slot r belongs to rank r. In a
+zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal attention costs every rank the same (Llama 3,
+2024, section 3.3.2). A rank's rows are those of its slots in ascending order.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Span = tuple[int, int]
 """Tokens [begin, end) of the whole sequence."""
+LayoutKind = Literal["contiguous", "zigzag"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class SequenceLayout:
     """Of each sequence of the batch: the ascending tokens at which a document begins; the first is 0."""
     chunk_tokens: int | None = None
     """Tokens of a macro-chunk; None: the whole sequence."""
+    kind: LayoutKind = "contiguous"
 
     def __post_init__(self) -> None:
         for row in self.starts:
@@ -43,17 +48,31 @@ class SequenceLayout:
         size = self.chunk_tokens or self.length
         return chunk * size, min(self.length, (chunk + 1) * size)
 
-    def span(self, rank: int, chunk: int) -> Span:
-        """The tokens of a macro-chunk that a rank holds."""
-        begin, end = self.chunk(chunk)
-        short, longer = divmod(end - begin, self.num_ranks)
-        first = begin + rank * short + min(rank, longer)
-        return first, first + short + (rank < longer)
+    def slots(self, rank: int) -> tuple[int, ...]:
+        """The slots of every chunk that belong to a rank, ascending; as many on each rank."""
+        if self.kind == "contiguous" or self.num_ranks == 1:
+            return (rank,)
+        return rank, 2 * self.num_ranks - 1 - rank
+
+    @cached_property
+    def owners(self) -> list[tuple[int, int]]:
+        """Of every slot in order: its rank, and which of that rank's slots it is."""
+        owners = {s: (rank, i) for rank in range(self.num_ranks) for i, s in enumerate(self.slots(rank))}
+        return [owners[slot] for slot in sorted(owners)]
+
+    def spans(self, rank: int, chunk: int) -> list[Span]:
+        """The tokens of a macro-chunk that a rank holds, by slot."""
+        return [self._slot(slot, chunk) for slot in self.slots(rank)]
 
     def held(self, rank: int, chunk: int) -> list[Span]:
         """The tokens that a rank holds of all chunks up to and including `chunk`, ascending, without empty spans."""
-        spans = [self.span(rank, c) for c in range(chunk + 1)]
-        return [s for s in spans if s[1] > s[0]]
+        return [s for c in range(chunk + 1) for s in self.spans(rank, c) if s[1] > s[0]]
+
+    def _slot(self, slot: int, chunk: int) -> Span:
+        begin, end = self.chunk(chunk)
+        short, longer = divmod(end - begin, len(self.owners))
+        first = begin + slot * short + min(slot, longer)
+        return first, first + short + (slot < longer)
 
     def documents(self, index: Tensor) -> Tensor:
         """[L] int64 tokens -> [B, L] the document of each, counted from 0; -1 before the sequence."""

@@ -46,10 +46,12 @@ class ConvolvedProjection(Projection):
 
     def mix(self, projected: Tensor, sequence: Sequence) -> Tensor:
         """See `Projection`."""
-        rows = sequence.halo(projected, self.conv_weight.shape[1] - 1)
-        return short_convolution(
-            rows, self.conv_weight, sequence.positions, activation="silu", backend=sequence.backend
-        )
+        positions, backend = sequence.positions, sequence.backend
+        parts = [
+            short_convolution(rows, self.conv_weight, positions[:, part], activation="silu", backend=backend)
+            for part, rows in sequence.halo(projected, self.conv_weight.shape[1] - 1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @property
     def flops_per_token(self) -> int:

@@ -1,9 +1,11 @@
 """How the sequence axis is cut over ranks."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
+
+from longtrain.core.layout import LayoutKind
 
 
 @dataclass(frozen=True)
@@ -18,5 +20,5 @@ class SequenceParallelConfig:
     """Algorithm for recurrent layers, a module of `sequence_parallel/scan/`."""
     attend: str
     """Algorithm for softmax layers, a module of `sequence_parallel/attend/`."""
-    layout: Literal["contiguous"]
-    """Which tokens a rank holds."""
+    layout: LayoutKind
+    """Which tokens a rank holds; see `core.layout`."""

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from longtrain.core.contracts import Recurrence
+from longtrain.core.contracts import Recurrence, Stretch
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.backend import Backend
+
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class ShardedSequence:
         with self._exact():
             return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
 
-    def halo(self, x: Tensor, width: int) -> Tensor:
+    def halo(self, x: Tensor, width: int) -> list[Stretch]:
         """See `core.contracts.Sequence.halo`."""
         return self._keep(*halo(x, width, self.shard, self._carry()))
 
@@ -68,6 +70,6 @@ class ShardedSequence:
     def _carry(self) -> Any:
         return None if self.carries_in is None else self.carries_in[len(self.carries_out)]
 
-    def _keep(self, output: Tensor, carry: Any) -> Tensor:
+    def _keep(self, output: Output, carry: Any) -> Output:
         self.carries_out.append(carry)
         return output

@@ -10,7 +10,7 @@ from longtrain_kernels.block_attention import attention
 
 def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] and the state after the chunk, which is the carry."""
-    return op.apply(shard.segment_documents, carry)
+    return op.apply(shard.segment_documents[0], carry)
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:

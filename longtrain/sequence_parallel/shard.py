@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -21,14 +22,20 @@ class Shard:
     chunk: int = 0
 
     @cached_property
-    def span(self) -> Span:
-        """This rank's tokens of the chunk."""
-        return self.layout.span(self.group.rank, self.chunk)
+    def spans(self) -> list[Span]:
+        """This rank's tokens of the chunk, by slot."""
+        return self.layout.spans(self.group.rank, self.chunk)
+
+    @cached_property
+    def parts(self) -> list[slice]:
+        """Where each of `spans` is among this rank's tokens of the chunk."""
+        ends = list(accumulate(end - begin for begin, end in self.spans))
+        return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
     @cached_property
     def tokens(self) -> Tokens:
         """This rank's tokens of the chunk, with their documents."""
-        return self._tokens([self.span])
+        return self._tokens(self.spans)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -36,15 +43,10 @@ class Shard:
         return self.layout.positions(self.tokens.index)
 
     @cached_property
-    def segment_documents(self) -> Tensor:
-        """[B, L] document starts in this segment up to each token: what a `Recurrence` needs."""
-        before = self.layout.documents(torch.tensor([self.span[0] - 1], device=self.device))
-        return self.tokens.documents - before
-
-    def counts(self) -> list[int]:
-        """Tokens of the chunk on every rank."""
-        spans = [self.layout.span(r, self.chunk) for r in range(self.group.size)]
-        return [end - begin for begin, end in spans]
+    def segment_documents(self) -> list[Tensor]:
+        """Of each part [B, len], the document starts in it up to each token: what a `Recurrence` needs."""
+        before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
+        return [self.tokens.documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
 
     def held_counts(self) -> list[int]:
         """Tokens of this chunk and all earlier ones on every rank."""

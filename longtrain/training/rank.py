@@ -83,7 +83,9 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 model=model,
                 objective=objective.Objective(config.objective),
                 engine=engine,
-                reader=BatchReader(corpus, config.context_length, config.batch_size, mesh, device),
+                reader=BatchReader(
+                    corpus, config.context_length, config.batch_size, config.sequence_parallel.layout, mesh, device
+                ),
                 make_sequence=sequence_maker(config.sequence_parallel, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,

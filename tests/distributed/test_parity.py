@@ -5,7 +5,8 @@ engine does. The largest error is returned, relative to the largest entry of the
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from longtrain.comm.group import Group
 from longtrain.comm.mesh import build_mesh
 from longtrain.core.contracts import Recurrence
-from longtrain.core.layout import SequenceLayout
+from longtrain.core.layout import LayoutKind, SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
@@ -29,8 +30,22 @@ from tests.harness.ranks import RankPool
 TOLERANCE = 1e-10  # the project's bound; errors seen are near 1e-14
 VOCABULARY = 11
 HYBRID = ("simple_gla", "softmax", "gated_delta", "sliding_window")
-PATTERNS = [*((name,) for name in ATTENTION), HYBRID]
-ATTENDS = ("ring", "all_gather")
+SCANS = Registry().names("sequence_parallel.scan")
+ATTENDS = Registry().names("sequence_parallel.attend")
+LAYOUTS: tuple[LayoutKind, ...] = get_args(LayoutKind)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how its sequence is cut."""
+
+    pattern: tuple[str, ...] = HYBRID
+    length: int = 41
+    packed: bool = True
+    scan: str = "all_gather"
+    attend: str = "ring"
+    layout: LayoutKind = "contiguous"
+    chunk_tokens: int | None = None
 
 
 LOCAL = Algorithms(scan=local.scan, attend=local.attend)
@@ -45,21 +60,20 @@ def algorithms(scan: str, attend: str) -> Algorithms:
 
 
 def run_in_chunks(
-    forward: Callable[[slice, ShardedSequence], Tensor],
+    forward: Callable[[Tensor, ShardedSequence], Tensor],
     layout: SequenceLayout,
     group: Group,
     chosen: Algorithms,
     device: str = "cpu",
 ) -> tuple[Tensor, Tensor]:
     """Apply `forward` chunk after chunk with the carries handed on; outputs [B, L, D] and the tokens they belong to."""
-    outputs, index, carries, at = [], [], None, 0
+    outputs, index, carries = [], [], None
     for chunk in range(layout.num_chunks):
         shard = Shard(layout, group, torch.device(device), chunk)
         handle = ShardedSequence(shard, chosen, carries)
-        begin, end = shard.span
-        outputs.append(forward(slice(begin, end), handle))
+        outputs.append(forward(shard.tokens.index, handle))
         index.append(shard.tokens.index)
-        carries, at = handle.carries_out, at + end - begin
+        carries = handle.carries_out
     return torch.cat(outputs, dim=1), torch.cat(index)
 
 
@@ -68,20 +82,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (got - want).abs().max().item() / (scale + 1e-30) if got.numel() else 0.0
 
 
-def model_error(
-    pattern: tuple[str, ...],
-    length: int,
-    packed: bool,
-    scan: str,
-    attend: str,
-    chunk_tokens: int | None,
-    device: str = "cpu",
-) -> float:
+def model_error(case: Case, device: str = "cpu") -> float:
     """Largest relative error of the outputs and parameter gradients of a model on this rank."""
     config = ModelConfig(
         width=12,
-        num_layers=len(pattern),
-        pattern=pattern,
+        num_layers=len(case.pattern),
+        pattern=case.pattern,
         mlp_width=16,
         tie_embeddings=False,
         norm_epsilon=1e-6,
@@ -89,14 +95,15 @@ def model_error(
     )
     model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry()).double().to(device)
     mesh = build_mesh(torch.distributed.get_world_size())
-    edges = tuple(SequenceLayout(length, mesh.sequence.size, ((0,),)).span(r, 0)[0] for r in range(mesh.sequence.size))
-    starts = awkward_starts(length, edges) if packed and length > 2 else ((0,), (0,))
+    length = case.length
+    edges = [span[0] for r in range(mesh.sequence.size) for span in layout_of(case, mesh.sequence.size).spans(r, 0)]
+    starts = awkward_starts(length, tuple(edges)) if case.packed and length > 2 else ((0,), (0,))
     torch.manual_seed(length)
     tokens = torch.randint(VOCABULARY, (2, length)).to(device)
     cotangent = torch.randn(2, length, 12, dtype=torch.float64).to(device)
 
-    def forward(part: slice, handle: ShardedSequence) -> Tensor:
-        return model(tokens[:, part], handle)
+    def forward(index: Tensor, handle: ShardedSequence) -> Tensor:
+        return model(tokens[:, index], handle)
 
     def gradients(loss: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
@@ -104,58 +111,83 @@ def model_error(
     alone = SequenceLayout(length, 1, starts)
     exact, _ = run_in_chunks(forward, alone, Group(0, 1), LOCAL, device)
     exact_grads = gradients((exact * cotangent).sum())
-    layout = SequenceLayout(length, mesh.sequence.size, starts, chunk_tokens)
-    output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(scan, attend), device)
+    layout = layout_of(case, mesh.sequence.size, starts)
+    output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(case.scan, case.attend), device)
     grads = gradients((output * cotangent[:, index]).sum())
     errors = [relative_error(output, exact[:, index])]
     errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, exact_grads, strict=True)]
     return max(errors)
 
 
-def model_errors(pattern: tuple[str, ...], lengths: tuple[int, ...], *arguments: Any) -> list[float]:
-    """`model_error` at several lengths."""
-    return [model_error(pattern, length, *arguments) for length in lengths]
+def layout_of(case: Case, ranks: int, starts: tuple[tuple[int, ...], ...] = ((0,),)) -> SequenceLayout:
+    return SequenceLayout(case.length, ranks, starts, case.chunk_tokens, case.layout)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+def wrong(cases: list[Case], device: str = "cpu") -> dict[Case, float]:
+    """The cases whose error on this rank is beyond the tolerance."""
+    errors = {case: model_error(case, device) for case in cases}
+    return {case: error for case, error in errors.items() if not error < TOLERANCE}
+
+
+def check(pool: RankPool, cases: list[Case]) -> None:
+    """On every rank; the processes run one case after another."""
+    for rank, found in enumerate(pool.run(wrong, cases, timeout=240)):
+        assert not found, f"rank {rank}: {found}"
+
+
+WORLDS = pytest.mark.parametrize("world_size", [2, 3, 4])
+CUTS = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@WORLDS
+@CUTS
+@pytest.mark.parametrize("name", RECURRENT)
+def test_every_scan_of_every_recurrent_mixer(
+    rank_pool: Callable[[int], RankPool], name: str, layout: LayoutKind, world_size: int
+) -> None:
+    # In the middle of three layers, so that mixers which differ by depth do; 3 tokens on 4 ranks leave one empty.
+    three, sizes = ("simple_gla", name, "simple_gla"), {2: [(31, False)], 3: [(41, True)], 4: [(3, True), (38, True)]}
+    cases = [
+        Case((name,) if world_size == 2 else three, length, packed, scan=scan, layout=layout)
+        for scan in SCANS
+        for length, packed in sizes[world_size]
+    ]
+    check(rank_pool(world_size), cases)
+
+
+@WORLDS
+@CUTS
 @pytest.mark.parametrize("attend", ATTENDS)
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-@pytest.mark.parametrize("pattern", PATTERNS, ids="-".join)
-def test_ranks_equal_one_rank(
-    rank_pool: Callable[[int], RankPool], pattern: tuple[str, ...], packed: bool, attend: str, world_size: int
+def test_every_attention(
+    rank_pool: Callable[[int], RankPool], attend: str, layout: LayoutKind, world_size: int
 ) -> None:
     # 2 and 3 tokens on 4 ranks: empty shards; 9: shards shorter than a convolution's 3 rows; 67: prime
-    lengths = (2, 3, 9, 67)
-    errors = rank_pool(world_size).run(model_errors, pattern, lengths, packed, "all_gather", attend, None)
-    assert max(map(max, errors)) < TOLERANCE, f"errors by rank, at lengths {lengths}: {errors}"
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_every_recurrent_mixer_crosses_ranks(rank_pool: Callable[[int], RankPool], name: str) -> None:
-    """In the middle of three layers, so that those which differ by depth do; with empty shards and with documents."""
-    pattern, lengths = ("simple_gla", name, "simple_gla"), (3, 41)
-    errors = rank_pool(4).run(model_errors, pattern, lengths, True, "all_gather", "ring", None)
-    assert max(map(max, errors)) < TOLERANCE, f"errors by rank, at lengths {lengths}: {errors}"
+    cases = [
+        Case(pattern, length, packed, attend=attend, layout=layout)
+        for pattern in [*((name,) for name in ATTENTION), HYBRID]
+        for length in (2, 3, 9, 67)
+        for packed in (False, True)
+    ]
+    check(rank_pool(world_size), cases)
 
 
 @pytest.mark.parametrize("name", RECURRENT)
 def test_every_recurrent_mixer_crosses_chunks(rank_pool: Callable[[int], RankPool], name: str) -> None:
-    errors = rank_pool(2).run(model_error, (name,), 29, True, "all_gather", "ring", 11)
-    assert max(errors) < TOLERANCE, f"errors by rank {errors}"
+    check(
+        rank_pool(2), [Case((name,), 29, scan=scan, layout=cut, chunk_tokens=11) for scan in SCANS for cut in LAYOUTS]
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("chunk_tokens", [2, 5, 32])
 @pytest.mark.parametrize("attend", ATTENDS)
-def test_chunks_of_time_equal_the_whole(
-    rank_pool: Callable[[int], RankPool], attend: str, chunk_tokens: int, world_size: int
-) -> None:
+def test_chunks_of_time_equal_the_whole(rank_pool: Callable[[int], RankPool], attend: str, world_size: int) -> None:
     """Carries between chunks, on one rank and composed with ranks: chunks of 2 tokens leave ranks empty."""
-    errors = rank_pool(world_size).run(model_error, HYBRID, 37, True, "all_gather", attend, chunk_tokens)
-    assert max(errors) < TOLERANCE, f"errors by rank {errors}"
+    cuts: list[tuple[int, LayoutKind]] = [(2, "contiguous"), (5, "zigzag"), (11, "contiguous"), (32, "zigzag")]
+    cases = [Case(length=37, attend=attend, layout=cut, chunk_tokens=size) for size, cut in cuts]
+    check(rank_pool(world_size), cases)
 
 
-def op_error(length: int, packed: bool) -> float:
+def op_error(length: int, packed: bool, scan: str, kind: LayoutKind) -> float:
     """A vector decay through the scan alone; gradients of every input on this rank."""
     mesh = build_mesh(torch.distributed.get_world_size())
     torch.manual_seed(length)
@@ -164,53 +196,61 @@ def op_error(length: int, packed: bool) -> float:
     cotangent = torch.randn(2, length, 3, 5, dtype=torch.float64)
     starts = awkward_starts(length, (length // 2,)) if packed else ((0,), (0,))
 
-    def run(group: Group, chosen: Algorithms) -> tuple[Tensor, list[Tensor], slice]:
-        shard = Shard(SequenceLayout(length, group.size, starts), group, torch.device("cpu"))
-        part = slice(*shard.span)
-        leaves = [t[:, part].clone().requires_grad_() for t in whole]
+    def run(group: Group, chosen: Algorithms) -> tuple[Tensor, list[Tensor], Tensor]:
+        shard = Shard(SequenceLayout(length, group.size, starts, kind=kind), group, torch.device("cpu"))
+        index = shard.tokens.index
+        leaves = [t[:, index].clone().requires_grad_() for t in whole]
         op: Recurrence = DiagonalScan(*leaves)
         output = ShardedSequence(shard, chosen).scan(op)
-        return output, list(torch.autograd.grad(output, leaves, cotangent[:, part])), part
+        return output, list(torch.autograd.grad(output, leaves, cotangent[:, index])), index
 
     exact, exact_grads, _ = run(Group(0, 1), LOCAL)
-    output, grads, part = run(mesh.sequence, algorithms("all_gather", "ring"))
+    output, grads, index = run(mesh.sequence, algorithms(scan, "ring"))
     pairs: list[tuple[Any, Any]] = [(output, exact), *zip(grads, exact_grads, strict=True)]
-    return max(relative_error(got, want[:, part]) for got, want in pairs)
+    return max(relative_error(got, want[:, index]) for got, want in pairs)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@WORLDS
+@CUTS
+@pytest.mark.parametrize("scan", SCANS)
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_a_vector_decay_crosses_ranks(rank_pool: Callable[[int], RankPool], packed: bool, world_size: int) -> None:
-    errors = rank_pool(world_size).run(op_error, 45, packed)
+def test_a_vector_decay_crosses_ranks(
+    rank_pool: Callable[[int], RankPool], packed: bool, scan: str, layout: LayoutKind, world_size: int
+) -> None:
+    errors = rank_pool(world_size).run(op_error, 45, packed, scan, layout)
     assert max(errors) < TOLERANCE, f"errors by rank {errors}"
 
 
-def isolation(attend: str) -> bool:
+def isolation(scan: str, attend: str, kind: LayoutKind) -> bool:
     """Whether changing the first document leaves the outputs and gradients of the second bit-identical."""
     mesh = build_mesh(torch.distributed.get_world_size())
     length, second = 41, 17
     config = ModelConfig(12, 4, HYBRID, 16, False, 1e-6, 0.5)
     model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry())
-    layout = SequenceLayout(length, mesh.sequence.size, ((0, second),))
+    layout = SequenceLayout(length, mesh.sequence.size, ((0, second),), kind=kind)
     shard = Shard(layout, mesh.sequence, torch.device("cpu"))
-    begin, end = shard.span
+    index = shard.tokens.index
     torch.manual_seed(0)
     x, other = torch.randn(1, length, 12), torch.randn(1, length, 12)
     other[:, second:] = x[:, second:]
     results = []
     for inputs in (x, other):
-        part = inputs[:, begin:end].clone().requires_grad_()
-        handle = ShardedSequence(shard, algorithms("all_gather", attend))
+        part = inputs[:, index].clone().requires_grad_()
+        handle = ShardedSequence(shard, algorithms(scan, attend))
         output: Any = part
         for block in model.blocks:
             assert isinstance(block, nn.Module)
             output = block(output, handle)
         (grad,) = torch.autograd.grad(output.square().sum(), part)
-        keep = slice(max(0, second - begin), end - begin)
-        results.append((output[:, keep].detach(), grad[:, keep]))
+        results.append((output[:, index >= second].detach(), grad[:, index >= second]))
     return all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("attend", ATTENDS)
-def test_a_document_never_sees_another(rank_pool: Callable[[int], RankPool], attend: str) -> None:
-    assert all(rank_pool(4).run(isolation, attend))
+@CUTS
+@pytest.mark.parametrize(
+    ("scan", "attend"), [*((scan, "ring") for scan in SCANS), *(("all_gather", attend) for attend in ATTENDS)]
+)
+def test_a_document_never_sees_another(
+    rank_pool: Callable[[int], RankPool], scan: str, attend: str, layout: LayoutKind
+) -> None:
+    assert all(rank_pool(4).run(isolation, scan, attend, layout))

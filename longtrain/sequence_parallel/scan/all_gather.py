@@ -1,8 +1,9 @@
 """Scan by one all-gather of the ranks' affine maps (LASP-2: Sun et al. 2025, "LASP-2", algorithm 2).
 
-Each rank runs its segment from the zero state, gathers all affine maps (M, B), folds those of the ranks before it
-into its incoming state, and corrects its outputs by linearity. Backward mirrors it: one all-gather of the cotangents of
-the incoming states, and a fold from the last rank. What travels is H (K V + |M|) numbers a rank, whatever the length.
+Each rank finds the affine maps (M, B) of its segments, gathers those of all ranks, folds the ones before each of its
+own into that segment's incoming state, and finishes the outputs. Backward mirrors it: one all-gather of the cotangents
+of the incoming states, and a fold from the last segment. What travels is H (K V + |M|) numbers a segment, whatever the
+length.
 """
 
 from typing import Any
@@ -12,47 +13,53 @@ from torch import Tensor
 
 from longtrain.comm.group import Group
 from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.segments import correct_parts, summarize_parts
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import advance, advance_adjoint, transition_grad
 
 
 def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] and the state after the chunk, which every rank carries."""
-    segment = op.summarize(shard.segment_documents)
-    carry = torch.zeros_like(segment.state) if carry is None else carry
-    state_in, state_out = _ExclusiveScan.apply(segment.transition, segment.state, carry, shard.group)
-    return segment.correct(state_in), state_out
+    segments = summarize_parts(op, shard)
+    transitions, states = (torch.stack(maps) for maps in zip(*((s.transition, s.state) for s in segments), strict=True))
+    carry = torch.zeros_like(states[0]) if carry is None else carry
+    states_in, state_out = _ExclusiveScan.apply(transitions, states, carry, shard.layout.owners, shard.group)
+    return correct_parts(segments, states_in), state_out
 
 
 class _ExclusiveScan(torch.autograd.Function):
-    """(M, B) of every rank and the chunk's incoming state -> the state before this rank, and after the last.
+    """(M, B) of every rank's segments [n, ...] and the chunk's incoming state -> the states before this rank's
+    segments [n, ...], and after the last segment of all.
 
     The carry and its cotangent are the same on all ranks: each rank folds all maps, in both directions.
     """
 
     @staticmethod
-    def forward(ctx: Any, transition: Tensor, state: Tensor, carry: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-        gathered = group.all_gather(torch.cat([transition.flatten(), state.flatten()]))
-        sizes = [transition.numel(), state.numel()]
-        maps = [part.split(sizes) for part in gathered]
-        ctx.transitions = [m.view_as(transition) for m, _ in maps]
+    def forward(
+        ctx: Any, transitions: Tensor, states: Tensor, carry: Tensor, owners: list[tuple[int, int]], group: Group
+    ) -> tuple[Tensor, Tensor]:
+        gathered = group.all_gather(torch.cat([transitions.flatten(), states.flatten()]))
+        sizes = [transitions.numel(), states.numel()]
+        maps = [(m.view_as(transitions), b.view_as(states)) for m, b in (part.split(sizes) for part in gathered)]
+        ctx.transitions = [maps[rank][0][i] for rank, i in owners]
         before = []
-        for m, b in maps:
+        for m, (rank, i) in zip(ctx.transitions, owners, strict=True):
             before.append(carry)
-            carry = advance(m.view_as(transition), carry) + b.view_as(state)
-        ctx.group = group
-        ctx.save_for_backward(before[group.rank])
-        # Clones: an output may be neither an input (rank 0 starts from the carry itself) nor saved twice.
-        return before[group.rank].clone(), carry
+            carry = advance(m, carry) + maps[rank][1][i]
+        ctx.owners, ctx.group = owners, group
+        states_in = torch.stack([state for state, (rank, _) in zip(before, owners, strict=True) if rank == group.rank])
+        ctx.save_for_backward(states_in)
+        return states_in, carry
 
     @staticmethod
-    def backward(ctx: Any, grad_in: Tensor, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (state_in,) = ctx.saved_tensors
-        rank = ctx.group.rank
-        grads_in = ctx.group.all_gather(grad_in)
-        grad = grad_out  # of the state after the rank at hand
-        for r in reversed(range(ctx.group.size)):
-            if r == rank:
-                grad_state, grad_transition = grad, transition_grad(ctx.transitions[r], state_in, grad)
-            grad = advance_adjoint(ctx.transitions[r], grad) + grads_in[r]
-        return grad_transition, grad_state, grad, None
+    def backward(ctx: Any, grads_in: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (states_in,) = ctx.saved_tensors
+        gathered = ctx.group.all_gather(grads_in)
+        grad_states = torch.empty_like(states_in)
+        grad_transitions: list[Any] = [None] * len(states_in)
+        # grad: of the state behind the segment at hand
+        for m, (rank, i) in zip(reversed(ctx.transitions), reversed(ctx.owners), strict=True):
+            if rank == ctx.group.rank:
+                grad_states[i], grad_transitions[i] = grad, transition_grad(m, states_in[i], grad)
+            grad = advance_adjoint(m, grad) + gathered[rank][i]
+        return torch.stack(grad_transitions), grad_states, grad, None, None

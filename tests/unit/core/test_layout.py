@@ -5,25 +5,38 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtrain.core.layout import SequenceLayout, overlap, span_index
+from longtrain.core.layout import LayoutKind, SequenceLayout, overlap, span_index
+
+KINDS = st.sampled_from(["contiguous", "zigzag"])
 
 
-@given(length=st.integers(1, 60), ranks=st.integers(1, 9), chunk=st.none() | st.integers(1, 70))
-def test_ranks_and_chunks_cover_the_sequence_once(length: int, ranks: int, chunk: int | None) -> None:
-    layout = SequenceLayout(length, ranks, ((0,),), chunk)
-    spans = [layout.span(r, c) for c in range(layout.num_chunks) for r in range(ranks)]
+@given(length=st.integers(1, 60), ranks=st.integers(1, 9), chunk=st.none() | st.integers(1, 70), kind=KINDS)
+def test_ranks_and_chunks_cover_the_sequence_once(length: int, ranks: int, chunk: int | None, kind: LayoutKind) -> None:
+    layout = SequenceLayout(length, ranks, ((0,),), chunk, kind)
+    spans = [layout.spans(r, c)[i] for c in range(layout.num_chunks) for r, i in layout.owners]
     assert [t for span in spans for t in range(*span)] == list(range(length))
     for c in range(layout.num_chunks):
-        sizes = [e - b for b, e in (layout.span(r, c) for r in range(ranks))]
+        sizes = [sum(e - b for b, e in layout.spans(r, c)) for r in range(ranks)]
         assert max(sizes) - min(sizes) <= 1
 
 
-@given(length=st.integers(1, 60), ranks=st.integers(1, 5), chunk=st.integers(1, 20))
-def test_held_tokens_are_those_of_all_chunks_so_far(length: int, ranks: int, chunk: int) -> None:
-    layout = SequenceLayout(length, ranks, ((0,),), chunk)
+def test_zigzag_gives_a_rank_an_early_and_a_late_slot() -> None:
+    layout = SequenceLayout(80, 4, ((0,),), kind="zigzag")
+    assert [layout.spans(r, 0) for r in range(4)] == [
+        [(0, 10), (70, 80)],
+        [(10, 20), (60, 70)],
+        [(20, 30), (50, 60)],
+        [(30, 40), (40, 50)],
+    ]
+
+
+@given(length=st.integers(1, 60), ranks=st.integers(1, 5), chunk=st.integers(1, 20), kind=KINDS)
+def test_held_tokens_are_those_of_all_chunks_so_far(length: int, ranks: int, chunk: int, kind: LayoutKind) -> None:
+    layout = SequenceLayout(length, ranks, ((0,),), chunk, kind)
     last = layout.num_chunks - 1
-    held = torch.cat([span_index(layout.held(r, last), torch.device("cpu")) for r in range(ranks)])
-    assert held.sort().values.tolist() == list(range(length))
+    held = [span_index(layout.held(r, last), torch.device("cpu")) for r in range(ranks)]
+    assert torch.cat(held).sort().values.tolist() == list(range(length))
+    assert all(torch.equal(index, index.sort().values) for index in held)
 
 
 @given(st.sets(st.integers(1, 39)).map(lambda s: tuple(sorted({0, *s}))))
