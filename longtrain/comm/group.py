@@ -12,6 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def _started(work: dist.Work | None) -> dist.Work:
+    """torch answers None to a rank that is not in the group."""
+    assert work is not None
+    return work
+
+
 @dataclass(frozen=True)
 class Group:
     """Ranks that share an axis; `rank` is this process's index in it."""
@@ -71,6 +77,14 @@ class Group:
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+
+    def send(self, tensor: Tensor, to: int) -> dist.Work:
+        """Begin to send; `tensor` must stay as it is until the work is waited for."""
+        return _started(dist.isend(tensor, group=self.handle, group_dst=to))
+
+    def receive(self, into: Tensor, source: int) -> None:
+        """Fill a contiguous tensor from another rank, whose tensors arrive in the order in which it sent them."""
+        _started(dist.irecv(into, group=self.handle, group_src=source)).wait()
 
     def rotate(self, tensors: Sequence[Tensor], received: Sequence[Tensor]) -> None:
         """Send `tensors` to the next rank of the ring and fill `received` from the previous one."""

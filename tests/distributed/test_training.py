@@ -10,6 +10,7 @@ import torch
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.core.errors import CorruptCheckpoint, Refused
+from longtrain.core.layout import LayoutKind
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.telemetry.events import Started, StepDone, Warned
@@ -35,12 +36,19 @@ def test_losses_do_not_depend_on_the_number_of_ranks(tmp_path: Path, rank_pool: 
     config = tiny_config(tmp_path, context_length=203, steps=12)
     want = losses(train_rank(with_ranks(config, 1)))
     assert want[-1] < want[0] - 0.5
-    for world_size, sequence_size in ((2, 2), (4, 4), (4, 2)):
+    cuts: list[tuple[int, int, str, LayoutKind]] = [
+        (2, 2, "all_gather", "contiguous"),
+        (4, 4, "pipeline", "contiguous"),
+        (4, 2, "all_gather", "zigzag"),
+    ]
+    for world_size, sequence_size, scan, layout in cuts:
         same = with_ranks(config, sequence_size)
-        same = replace(same, run=replace(same.run, name=f"world-{world_size}-{sequence_size}"))
+        cut = replace(same.sequence_parallel, scan=scan, layout=layout)
+        name = f"world-{world_size}-{sequence_size}-{layout}"
+        same = replace(same, run=replace(same.run, name=name), sequence_parallel=cut)
         got = losses(rank_pool(world_size).run(train_rank, same)[0])
         # float32 sums in another order, over 12 steps of a model that amplifies them; the project's bound
-        assert got == pytest.approx(want, rel=1e-5), f"{world_size} ranks, sequence size {sequence_size}"
+        assert got == pytest.approx(want, rel=1e-5), name
 
 
 def test_another_context_length_needs_no_other_change(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
