@@ -22,13 +22,17 @@ def default_backend(device: torch.device) -> Backend:
     return Backend.TRITON if device.type == "cuda" else Backend.CHUNKED
 
 
-def scan_backend(asked: Backend | None, values: Tensor) -> Backend:
-    """What a scan of `values` runs on. Raises ValueError for Triton and float64, which its kernels do not compute."""
-    wide = values.dtype == torch.float64
+def choose_backend(asked: Backend | None, *tensors: Tensor) -> Backend:
+    """What an operation on `tensors` runs on.
+
+    Raises ValueError for what is no backend, and for Triton and float64, which its kernels do not compute.
+    """
+    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
     if asked is None:
-        return Backend.CHUNKED if wide else default_backend(values.device)
+        return Backend.CHUNKED if wide else default_backend(tensors[0].device)
+    asked = Backend(asked)
     if asked is Backend.TRITON and wide:
-        raise ValueError("values are float64, which Triton's kernels do not compute: use another backend or dtype")
+        raise ValueError("float64 is nothing that Triton's kernels compute: use another backend or dtype")
     return asked
 
 

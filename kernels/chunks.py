@@ -1,5 +1,7 @@
 """Segments cut into chunks of time, for the scans in plain PyTorch."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,3 +24,11 @@ def split_documents(documents: Tensor, size: int) -> Tensor:
 def merge(x: Tensor, length: int) -> Tensor:
     """[B, N, H, C, D] -> [B, L, H, D], without the padding."""
     return x.transpose(2, 3).flatten(1, 2)[:, :length]
+
+
+def bounded(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Log-decays in `dtype`, none so low that it would swallow the other terms of a sum: exp of the bound is the least
+    number above zero."""
+    return log_decay.to(dtype).clamp(
+        min=math.log(torch.finfo(dtype).smallest_normal) + math.log(torch.finfo(dtype).eps)
+    )

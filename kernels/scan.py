@@ -26,10 +26,16 @@ class BoundScan(ABC):
     """[B, L, H, V]."""
 
     def __post_init__(self) -> None:
+        tensors = {"queries": self.queries, "keys": self.keys, "values": self.values}
+        for name, tensor in tensors.items():
+            if tensor.dim() != 4 or not tensor.is_floating_point():
+                raise ValueError(
+                    f"{name} {tuple(tensor.shape)} of {tensor.dtype}, expected [B, L, heads, width] of floats"
+                )
         batch, length, groups, _ = self.keys.shape
         if self.queries.shape != self.keys.shape:
             raise ValueError(f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in shape")
-        if self.values.shape[:2] != (batch, length) or self.values.shape[2] % groups:
+        if self.values.shape[:2] != (batch, length) or not groups or self.values.shape[2] % groups:
             raise ValueError(f"values {tuple(self.values.shape)} do not match keys {tuple(self.keys.shape)}")
 
     def rows(self, part: slice) -> Self:
@@ -41,13 +47,27 @@ class BoundScan(ABC):
         """Run from `state` [B, H, K, V] (None: zero); returns outputs [B, L, H, V] and the final state.
 
         `documents` [B, L] counts the document starts of the segment up to and including each token: 0 is the document
-        that the carry belongs to.
+        that the carry belongs to. Raises ValueError for shapes that do not fit.
         """
+        if state is not None:
+            batch, _, heads, columns = self.values.shape
+            expected = batch, heads, self.keys.shape[-1], columns
+            if state.shape != expected:
+                raise ValueError(f"state {tuple(state.shape)}, expected [B, H, K, V] = {expected}")
         return run(self.summarize(documents), state)
 
-    @abstractmethod
     def summarize(self, documents: Tensor) -> Segment:
         """The segment's affine map, and what adds a carry to its outputs; `documents` as for `apply`."""
+        expected = self.values.shape[:2]
+        if documents.shape != expected or documents.is_floating_point():
+            raise ValueError(
+                f"documents {tuple(documents.shape)} of {documents.dtype}, expected integers [B, L] = {tuple(expected)}"
+            )
+        return self._segment(documents)
+
+    @abstractmethod
+    def _segment(self, documents: Tensor) -> Segment:
+        """See `summarize`."""
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Queries and keys [B, L, H, K], a key head for each value head."""

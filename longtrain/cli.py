@@ -240,8 +240,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     from longtrain.bench import run_benchmark, summaries
 
     if arguments.name is None:
-        for name, summary in summaries().items():
-            print(f"{name:12}{summary}")
+        for name, (summary, options) in summaries().items():
+            print(f"{name:12}{summary}\n{'':12}options: {' '.join(options)}")
         return 0
     if "=" in arguments.name:
         raise Refused(f"{arguments.name}: the benchmark's name comes first; `longtrain bench` lists them")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype
-from longtrain_kernels.backend import Backend, scan_backend
+from longtrain_kernels.backend import Backend, choose_backend
 from longtrain_kernels.delta_scan.chunked import delta_segment_chunked
 from longtrain_kernels.delta_scan.reference import delta_segment_reference
 from longtrain_kernels.scan import BoundScan
@@ -42,9 +42,8 @@ class DeltaScan(BoundScan):
                 f"{tuple(self.keys.shape)} and values {tuple(self.values.shape)}"
             )
 
-    def summarize(self, documents: Tensor) -> Segment:
-        """See `BoundScan`."""
-        backend = scan_backend(self.backend, self.values)
+    def _segment(self, documents: Tensor) -> Segment:
+        backend = choose_backend(self.backend, self.values, self.queries, self.keys)
         if backend is Backend.TRITON:
             # Triton is not on every platform.
             from longtrain_kernels.delta_scan.triton import delta_segment_triton  # noqa: PLC0415

@@ -1,6 +1,5 @@
 """The delta scan in chunks of time (the WY form), in plain PyTorch; see README.md for the derivation."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain_kernels.affine import LinearSegment, accumulator_dtype
-from longtrain_kernels.chunks import merge, split, split_documents
+from longtrain_kernels.chunks import bounded, merge, split, split_documents
 
 SCALAR_CHUNK = 64
 # A vector decay needs exp(b_i - b_j) per key channel, [C, C, K] numbers a chunk, so its chunks are shorter.
@@ -35,9 +34,7 @@ def _chunk(
     size = VECTOR_CHUNK if vector else SCALAR_CHUNK
     q, k, v = (split(x.to(dtype), size) for x in (queries, keys, values))
     step = split(beta.to(dtype).unsqueeze(-1), size)
-    # What underflows anyway must not swallow the other terms of a sum: exp of the bound is the least number above zero.
-    bound = math.log(torch.finfo(dtype).smallest_normal) + math.log(torch.finfo(dtype).eps)
-    log_decay = split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype).clamp(min=bound), size)
+    log_decay = split(bounded(log_decay if vector else log_decay.unsqueeze(-1), dtype), size)
     documents = split_documents(documents, size)
     carried = F.pad(documents[:, :-1, -1], (1, 0))  # the document that the chunk's incoming state belongs to
 

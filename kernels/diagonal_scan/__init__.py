@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.affine import Segment, accumulator_dtype
-from longtrain_kernels.backend import Backend, scan_backend
+from longtrain_kernels.backend import Backend, choose_backend
 from longtrain_kernels.diagonal_scan.chunked import diagonal_segment_chunked
 from longtrain_kernels.diagonal_scan.reference import diagonal_segment_reference
 from longtrain_kernels.scan import BoundScan
@@ -25,7 +25,7 @@ class DiagonalScan(BoundScan):
     log_decay: Tensor | None = None
     """None for a = 1, [H] constant, [B, L, H] or [B, L, H, K]; finite and not positive."""
     backend: Backend | None = None
-    """None: by the device."""
+    """None: by the device; chunked for float64, which Triton's kernels do not compute."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -37,9 +37,8 @@ class DiagonalScan(BoundScan):
                 f"{tuple(self.keys.shape)} and values {tuple(self.values.shape)}"
             )
 
-    def summarize(self, documents: Tensor) -> Segment:
-        """See `BoundScan`."""
-        backend = scan_backend(self.backend, self.values)
+    def _segment(self, documents: Tensor) -> Segment:
+        backend = choose_backend(self.backend, self.values, self.queries, self.keys)
         if backend is Backend.TRITON and self.values.shape[1] > 0:
             # At the point of use: Triton is not installed on every platform.
             from longtrain_kernels.diagonal_scan.triton import diagonal_segment_triton  # noqa: PLC0415

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain_kernels.affine import LinearSegment, accumulator_dtype
-from longtrain_kernels.chunks import merge, split, split_documents
+from longtrain_kernels.chunks import bounded, merge, split, split_documents
 
 SCALAR_CHUNK = 64
 # A vector decay needs exp(b_i - b_j) per key channel, [C, C, K] numbers a chunk, so its chunks are shorter.
@@ -32,7 +32,7 @@ def _chunk(queries: Tensor, keys: Tensor, values: Tensor, log_decay: Tensor, doc
     vector = log_decay.dim() == 4
     size = VECTOR_CHUNK if vector else SCALAR_CHUNK
     q, k, v = (split(x.to(dtype), size) for x in (queries, keys, values))
-    log_decay = split((log_decay if vector else log_decay.unsqueeze(-1)).to(dtype), size)
+    log_decay = split(bounded(log_decay if vector else log_decay.unsqueeze(-1), dtype), size)
     documents = split_documents(documents, size)
     carried = F.pad(documents[:, :-1, -1], (1, 0))  # the document that the chunk's incoming state belongs to
 

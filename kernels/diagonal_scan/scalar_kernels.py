@@ -16,6 +16,9 @@ import triton.language as tl
 
 from longtrain_kernels.diagonal_scan.chunk import boundary_state, describe, load_tile
 
+# exp2 of it is zero in float32; a sum must not be swallowed by what is far below.
+LEAST: tl.constexpr = tl.constexpr(-150.0)
+
 
 @triton.jit
 def _add_within(left_sum, left_edge, left_cut, left_chunk, right_sum, right_edge, right_cut, right_chunk):
@@ -39,7 +42,7 @@ def weigh_chunks(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < length
     pointers = log_decay + batch * stride_b + rows.to(tl.int64) * stride_l + head * stride_h
-    terms = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * UNIT
+    terms = tl.maximum(tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * UNIT, LEAST)
     own = tl.load(documents + tl.minimum(rows, length - 1))
     before = tl.load(documents + tl.minimum(rows, length) - 1, mask=rows > 0, other=0)
     starts, chunk_starts = own != before, rows % CHUNK == 0
@@ -49,7 +52,8 @@ def weigh_chunks(
     ends, chunk_ends = own != after, rows % CHUNK == CHUNK - 1
     stops = ends | chunk_ends
     pointers += stride_l
-    later = tl.load(pointers, mask=(rows + 1 < length) & ~stops, other=0.0).to(tl.float32) * UNIT
+    later = tl.load(pointers, mask=(rows + 1 < length) & ~stops, other=0.0).to(tl.float32)
+    later = tl.maximum(later * UNIT, LEAST)
     rest, _, cut_behind, _ = tl.associative_scan(
         (later, stops, ends & ~chunk_ends, chunk_ends), 0, _add_within, reverse=True
     )

@@ -32,8 +32,8 @@ def short_convolution(
     Args:
         rows: [B, W-1 + L, D], the segment preceded by the W-1 rows before it (their content does not matter where
             they belong to another document). Any strides.
-        weight: [D, W]; the last column multiplies the token itself, as in torch.nn.Conv1d. Its dtype may be wider than
-            that of the rows.
+        weight: [D, W]; the last column multiplies the token itself, as in torch.nn.Conv1d (there it is [D, 1, W]). Its
+            dtype may be wider than that of the rows.
         positions: [B, L], position of each token in its document.
         activation: what follows; "silu" is x sigmoid(x).
         backend: None: by the device. Reference and chunked are the same shifted products in PyTorch.
@@ -42,8 +42,13 @@ def short_convolution(
         [B, L, D] in the dtype of `rows`; sums are float32 at least. Differentiable in `rows` and `weight`.
 
     Raises:
-        ValueError: shapes that do not fit; with Triton, W > 8 or no Triton installed.
+        ValueError: shapes that do not fit, what is no backend; with Triton, W > 8 or no Triton installed.
     """
+    if rows.dim() != 3 or weight.dim() != 2 or positions.dim() != 2:
+        raise ValueError(
+            f"rows {tuple(rows.shape)}, weight {tuple(weight.shape)} and positions {tuple(positions.shape)}, expected "
+            "[B, W-1 + L, D], [D, W] and [B, L]"
+        )
     length, (channels, taps) = positions.shape[1], weight.shape
     if rows.shape[1] != length + taps - 1:
         raise ValueError(f"rows hold {rows.shape[1]} tokens, expected {length} + {taps} - 1")
@@ -53,7 +58,7 @@ def short_convolution(
         )
     if activation not in (None, "silu"):
         raise ValueError(f"there is no activation '{activation}'; use 'silu' or None")
-    if (backend or default_backend(rows.device)) is not Backend.TRITON:
+    if Backend(backend or default_backend(rows.device)) is not Backend.TRITON:
         return short_convolution_reference(rows, weight, positions, activation)
     if short_convolution_triton is None:
         raise ValueError("Triton is not installed here; use backend=Backend.CHUNKED")

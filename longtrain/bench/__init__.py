@@ -19,14 +19,22 @@ from longtrain.core.registry import Registry, did_you_mean
 T = TypeVar("T")
 
 
-def summaries() -> dict[str, str]:
-    """Every benchmark's name and its one line, without importing it."""
+def summaries() -> dict[str, tuple[str, list[str]]]:
+    """Every benchmark's name, its one line and the names of its options, without importing it."""
     folder = Path(__file__).parent
+    common = _options(ast.parse((folder / "_report.py").read_text(encoding="utf-8")), "Options")
     found = {}
     for name in Registry().names("bench"):
-        docstring = ast.get_docstring(ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))) or ""
-        found[name] = docstring.partition("\n")[0]
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+        found[name] = summary, [*_options(tree, "Config"), *common]
     return found
+
+
+def _options(tree: ast.Module, name: str) -> list[str]:
+    """The fields of a dataclass in a module's source."""
+    body = next((node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name), [])
+    return [node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
 
 
 def run_benchmark(name: str, overrides: Sequence[str]) -> int:

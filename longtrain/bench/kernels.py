@@ -34,6 +34,8 @@ def _names(kind: str, known: Mapping[str, Any]) -> PlainValidator:
 
     def check(value: Any) -> tuple[Any, ...]:
         names = value if isinstance(value, list) else [value]
+        if not names:
+            raise ValueError(f"the list of {kind}s is empty; leave the option out for all of them")
         for name in names:
             if name not in known:
                 raise ValueError(f"there is no {kind} '{name}'{did_you_mean(str(name), list(known))}")
@@ -45,6 +47,8 @@ def _names(kind: str, known: Mapping[str, Any]) -> PlainValidator:
 def _shapes(value: Any) -> tuple[Shape, ...]:
     """`1x32kx16x128`: sequences, tokens, heads and head width; one or a list."""
     shapes = []
+    if value == []:
+        raise ValueError("the list of shapes is empty; leave the option out for the usual ones")
     for text in value if isinstance(value, list) else [value]:
         parts = str(text).split("x")
         try:
@@ -52,7 +56,7 @@ def _shapes(value: Any) -> tuple[Shape, ...]:
         except ValueError:
             sizes = []
         if len(sizes) != 4 or min(sizes) < 1:
-            raise ValueError("expected sequences x tokens x heads x width; write 1x32kx16x128")
+            raise ValueError("expected sequences x tokens x heads x width, each 1 or more; write 1x32kx16x128")
         shapes.append(Shape(*sizes))
     return tuple(shapes)
 
@@ -98,6 +102,8 @@ def run(config: Config, operations: Mapping[str, Operation] = OPERATIONS) -> int
     if config.device == "cuda" and not torch.cuda.is_available():
         raise Refused("device=cuda: there is no GPU here; leave it out or write device=cpu")
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cpu" and Backend.TRITON in (config.backends or ()):
+        raise Refused("backends: triton runs on GPUs, not on the CPU; leave it out")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     report, table = Report("kernels", config, device), Table()
     ceilings = measure_ceilings(device, config.repeats, config.seconds)

@@ -66,7 +66,7 @@ CPU = Task((2, 4, 8), 32, 2, 2, 16, 800, 32, (3e-3,))
 class Config(Options):
     """Options of `longtrain bench recall`. A size that is left out is larger on a GPU than on a CPU."""
 
-    mixers: Annotated[tuple[str, ...] | None, OneOrMore] = None
+    mixers: Annotated[tuple[str, ...] | None, Field(min_length=1), OneOrMore] = None
     """None: every one."""
     pairs: Annotated[tuple[Positive, ...] | None, Field(min_length=1), OneOrMore] = None
     """Pairs of a sequence, four tokens each: training takes turns among them, and each is a column of the table."""
@@ -146,7 +146,8 @@ def measure(name: str, task: Task, config: Config, device: torch.device) -> dict
             seconds = time.perf_counter() - begun
             runs.append({"learning_rate": rate, "accuracy": accuracy, "loss": loss, "seconds": seconds})
     except Exception as error:  # one mixer that cannot run leaves the others their rows
-        detail = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+        detail = " ".join(f"{kind}{error}".split())[:300]
         return {"mixer": name, "status": "error", "detail": detail, "runs": runs}
     best = max(runs, key=lambda r: sum(r["accuracy"].values()))
     seconds = sum(r["seconds"] for r in runs)

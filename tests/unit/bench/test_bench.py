@@ -25,7 +25,10 @@ def options(*words: str) -> kernels.Config:
 def test_without_a_name_the_benchmarks_are_listed(capsys: Any) -> None:
     assert main(["bench"]) == 0
     assert "kernels" in capsys.readouterr().out
-    assert all(summaries().values())
+    found = summaries()
+    assert all(summary for summary, _ in found.values())
+    assert found["kernels"][1][0] == "ops"
+    assert all("out" in options for _, options in found.values())
 
 
 def test_options_are_typed() -> None:
@@ -48,7 +51,10 @@ def test_options_are_typed() -> None:
         (["kernels", "+ops=scalar"], "write key=value"),
         (["kernels", "ops=scaler"], "ops=scaler: there is no operation 'scaler'; did you mean 'scalar'?"),
         (["kernels", "backends=[tritn]"], "there is no backend 'tritn'; did you mean 'triton'?"),
-        (["kernels", "shapes=32k"], "shapes=32k: expected sequences x tokens x heads x width; write 1x32kx16x128"),
+        (
+            ["kernels", "shapes=32k"],
+            "shapes=32k: expected sequences x tokens x heads x width, each 1 or more; write 1x32kx16x128",
+        ),
         (["kernels", "dtype=bfloat"], "dtype=bfloat: must be"),
         (["kernels", "repeats=0"], "repeats=0: must be greater than or equal to 1"),
         (["kernels", "out=/nowhere/kernels.json", *TINY], "out=/nowhere/kernels.json: cannot be written"),

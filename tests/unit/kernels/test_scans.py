@@ -1,6 +1,7 @@
 """The chunked scans against the loop over time, in float64: outputs, final state and every gradient."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from longtrain_kernels.delta_scan.reference import delta_scan_reference
 from longtrain_kernels.diagonal_scan import DiagonalScan
 from longtrain_kernels.diagonal_scan.reference import diagonal_scan_reference
 from tests.harness.documents import awkward_starts, segment_documents
+from tests.harness.scans import scan_errors, scan_inputs
 
 # float64 rounding of sums over at most 130 tokens
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
@@ -166,8 +168,54 @@ def test_decays_that_underflow_leave_the_delta_scan_exact(decay: str) -> None:
     torch.testing.assert_close(gradients(got, leaves), gradients(want, exact), **close)
 
 
+@pytest.mark.parametrize("decay", ["scalar", "vector"])
+def test_decays_that_underflow_leave_the_diagonal_scan_exact(decay: str) -> None:
+    tensors = scan_inputs(decay, (2, 67, 2, 2, 4, 5), torch.float32)
+    strong = (torch.arange(67) % 5 == 3).view(67, *(1,) * (tensors["log_decay"].dim() - 2))
+    tensors["log_decay"] = torch.where(strong, -1e30, tensors["log_decay"]).detach().requires_grad_()
+    documents = segment_documents(((0,), (0, 17, 50)), 0, 67)
+    chunked, reference = (partial(DiagonalScan, backend=b) for b in (Backend.CHUNKED, Backend.REFERENCE))
+    errors = scan_errors(chunked, reference, tensors, documents)
+    # sums of decays reach 2^11 and float32 rounds them to 2^-13, several in a row
+    assert max(errors.values()) < 2**-11, errors
+
+
 @pytest.mark.parametrize("wrong", [{"queries": (2, 8, 3, 4)}, {"values": (2, 7, 3, 4)}, {"log_decay": (2, 8)}])
 def test_mismatched_shapes_are_named(wrong: dict[str, tuple[int, ...]]) -> None:
     shapes = {"queries": (2, 8, 3, 5), "keys": (2, 8, 3, 5), "values": (2, 8, 3, 4), "log_decay": (2, 8, 3)} | wrong
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         DiagonalScan(**{name: torch.zeros(shape) for name, shape in shapes.items()})
+
+
+SCAN = {"queries": (2, 8, 3, 5), "keys": (2, 8, 3, 5), "values": (2, 8, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("documents", "state", "message"),
+    [
+        (torch.zeros(2, 7, dtype=torch.int64), None, r"documents \(2, 7\)"),
+        (torch.zeros(8, dtype=torch.int64), None, r"documents \(8,\)"),
+        (torch.zeros(2, 8), None, "integers"),
+        (torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 3, 4, 5), r"state \(2, 3, 4, 5\)"),
+    ],
+)
+def test_what_does_not_fit_a_scan_is_named(documents: Tensor, state: Tensor | None, message: str) -> None:
+    scan = DiagonalScan(**{name: torch.zeros(shape) for name, shape in SCAN.items()})
+    with pytest.raises(ValueError, match=message):
+        scan.apply(documents, state)
+
+
+def test_inputs_of_a_scan_are_floats_of_four_dimensions() -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in SCAN.items()}
+    with pytest.raises(ValueError, match="values"):
+        DiagonalScan(**tensors | {"values": tensors["values"].long()})
+    with pytest.raises(ValueError, match="keys"):
+        DiagonalScan(**tensors | {"keys": tensors["keys"][0]})
+
+
+def test_a_backend_may_be_named_and_must_exist() -> None:
+    tensors = {name: torch.zeros(shape) for name, shape in SCAN.items()}
+    documents = torch.zeros(2, 8, dtype=torch.int64)
+    assert DiagonalScan(**tensors, backend="reference").apply(documents, None)[0].shape == (2, 8, 3, 4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="junk"):
+        DiagonalScan(**tensors, backend="junk").apply(documents, None)  # type: ignore[arg-type]
