@@ -76,16 +76,21 @@ class _Summary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passes: Passes, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.passes = passes
+        # The passes keep the inputs themselves, and so must notice what autograd would: a change in place.
+        ctx.versions = [(x.detach(), x._version) for x in inputs if x is not None]
         transition, state = passes.summarize()
         return transition, state, state.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad_state: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if any(x._version != version for x, version in ctx.versions):
+            raise RuntimeError("an input of a scan was modified by an inplace operation before its backward pass")
         if ctx.passes.released or not ctx.passes.adjoined:  # nothing depends on the outputs
             ctx.passes.start_backward()
             ctx.passes.adjoint(None)
         grads = ctx.passes.gradients(grad_state)
         ctx.passes.release()
+        ctx.versions = []
         return None, *grads
 
 

@@ -117,7 +117,7 @@ def chunk_gradients(
     grad_query = tl.dot(p, written, grad_query * read, input_precision=PRECISION) * scale
     tl.store(grad_queries + target, grad_query.to(dtype), mask)
     change = tl.load(queries + query_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32) * grad_query
-    read_key = tl.dot(a, written, -read_key * read, input_precision=PRECISION) * scale
+    read_key = tl.dot(a, written, read_key * -read, input_precision=PRECISION) * scale
     k = tl.load(keys + key_tile, mask, 0.0, eviction_policy="evict_first").to(tl.float32)
     change += k * read_key
     stepped = k * step[:, None]
@@ -251,7 +251,7 @@ def far_gradients(
     total = tl.load(sums + (C - 1) * K + width, width < K, 0.0)
     read = tl.where((document == carried)[:, None], tl.exp2(b), 0.0)
     grad_query = grad_query * read
-    read_key = -read_key * read
+    read_key *= -read
     write_key *= tl.where((document == last)[:, None], tl.exp2(tl.minimum(total[None, :] - b, 0.0)), 0.0)
     products = state_products(states, grad_states, width, K, V, BLOCK_V, BLOCK_K)
     grad_total = tl.where(last == carried, tl.exp2(total), 0.0) * products + tl.sum(write_key * k * step, 0)

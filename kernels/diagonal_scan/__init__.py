@@ -39,7 +39,7 @@ class DiagonalScan(BoundScan):
 
     def _segment(self, documents: Tensor) -> Segment:
         backend = choose_backend(self.backend, self.values, self.queries, self.keys)
-        if backend is Backend.TRITON and self.values.shape[1] > 0:
+        if backend is Backend.TRITON and self.values.numel() > 0:
             # At the point of use: Triton is not installed on every platform.
             from longtrain_kernels.diagonal_scan.triton import diagonal_segment_triton  # noqa: PLC0415
 

@@ -30,7 +30,7 @@ def scan_tokens(
     at_segment = row.to(tl.int64) * tl.num_programs(1) + segment
     if tl.load(far + at_segment) == 0:
         return
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     columns_y, columns_z = tl.arange(0, BLOCK_Y), tile * BLOCK_Z + tl.arange(0, BLOCK_Z)
     inside_y, inside_z = columns_y < WIDTH_Y, columns_z < WIDTH_Z
     x += batch * x_b + (head // X_GROUP) * x_h + columns_y

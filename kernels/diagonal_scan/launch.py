@@ -108,8 +108,8 @@ class DiagonalPasses(Passes):
         batch, length, heads, width = values.shape
         group = heads // keys.shape[2]
         self.plan = plan
-        self.q, self.k = (Operand(addressable(x), group) for x in (queries, keys))
-        self.v = Operand(addressable(values), 1)
+        self.q, self.k = (Operand(addressable(x.detach()), group) for x in (queries, keys))
+        self.v = Operand(addressable(values.detach()), 1)
         self.log_decay = log_decay.detach()
         self.wants_decay_grad = log_decay.requires_grad
         self.documents = documents.to(torch.int32).contiguous()
@@ -132,7 +132,7 @@ class DiagonalPasses(Passes):
 
     def outputs(self, state: Tensor) -> Tensor:
         """See `Passes`."""
-        self.incoming = state.contiguous()
+        self.incoming = state.detach().contiguous()
         out = self.empty(self.v)
         self.run_outputs(out)
         return out
@@ -149,7 +149,7 @@ class DiagonalPasses(Passes):
     def gradients(self, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         """See `Passes`."""
         triton.set_allocator(_scratch)
-        self.outgoing = grad_state.contiguous()
+        self.outgoing = grad_state.detach().contiguous()
         query_grad, key_grad, value_grad, decay_grad = self.run_gradients()
         return self._per_key_head(query_grad), self._per_key_head(key_grad), value_grad, decay_grad
 

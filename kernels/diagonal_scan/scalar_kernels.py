@@ -37,7 +37,7 @@ def weigh_chunks(
     Sums never run over an edge of documents: one document's rounding would enter the next. BLOCK is whole chunks.
     """
     row = tl.program_id(1)
-    batch, head = (row // heads).to(tl.int64), row % heads
+    batch, head = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
     documents += batch * length
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < length
@@ -150,7 +150,6 @@ def scan_segments(
         if HAS_PARTNER:  # early, to be there when it is needed
             other = load_tile(partner, begin, length, partner_l, columns_z, WIDTH_Z, CHUNK)
         weighted = (z_tile * write[:, None]).to(OPERAND)
-        # Three products in flight at once; the exponentials below run beside the last.
         result = tl.dot(x_tile, accumulated.to(OPERAND), input_precision=PRECISION)
         scores = tl.dot(x_tile, tl.trans(y_tile), input_precision=PRECISION)
         accumulated = tl.dot(tl.trans(y_tile), weighted, accumulated * factor, input_precision=PRECISION)
@@ -197,7 +196,8 @@ def decay_gradients(
         edges = inside & (own != after)
         sums, ended, _, _ = tl.associative_scan((terms, edges, edges, rows < 0), 0, _add_within, reverse=True)
         sums = tl.where(ended, sums, sums + carried)
-        tl.store(grad + before_row + rows, sums, mask=inside)
         before = tl.load(documents + tl.minimum(rows, length) - 1, mask=rows > 0, other=0)
+        # the decay of a document's first token multiplies nothing
+        tl.store(grad + before_row + rows, tl.where(own == before, sums, 0.0), mask=inside)
         begins = (rows == first + (blocks - 1 - step) * BLOCK) & (own == before)
         carried = tl.sum(tl.where(begins, sums, 0.0), axis=0)

@@ -246,6 +246,8 @@ def finish_gradients(
             later = (rows[None, :] >= rows[:, None]) & (rows[None, :] <= end[:, None])
             sums = sum_rows(later, terms, OPERAND, 16)
             sums += tl.where(tail_rows[:, None], later_sums[None, :], 0.0)
+            # the decay of a document's first token multiplies nothing
+            sums = tl.where(((rows != start) | head_rows)[:, None], sums, 0.0)
             gate_grads.store(place, sums.to(gate_grads.dtype))
             passed = tl.where(passes, later_sums, 0.0)
             later_sums = tl.sum(tl.where(head_rows[:, None], terms, 0.0), axis=0) + passed

@@ -100,7 +100,7 @@ def run(config: Config) -> int:
         raise Refused("backend=triton runs on GPUs, not on device=cpu; leave it out")
     task, names = choose_task(config, device), _names(config)
     report, console = Report("recall", config, device), Console(highlight=False)
-    report.set("task", asdict(task))
+    report.set("task", asdict(task) | {"precision": _precision(config, device)})
     console.print(f"accuracy after {task.steps} steps; chance is {1 / (task.vocabulary - task.vocabulary // 2):.1%}")
     _print(console, ["mixer", "state", *(f"{n} pairs" for n in task.pairs), "best rate", "seconds"], "bold")
     failed = False
@@ -162,8 +162,8 @@ def train(
     mixers = job.config.mixer.options
     model = build_model(job.config.model, mixers, task.vocabulary, config.seed, job.registry).to(device)
     optimizer = OptimizerConfig("adamw", learning_rate, 0.1, task.steps // 10, (0.9, 0.95), 1e-8, 0.1, 1.0)
-    precision = config.precision or ("bfloat16" if device.type == "cuda" else "float32")
-    engine = ReplicatedEngine(model, EngineConfig("replicated", precision, "auto"), optimizer, task.steps, Group(0, 1))
+    settings = EngineConfig("replicated", _precision(config, device), "auto")
+    engine = ReplicatedEngine(model, settings, optimizer, task.steps, Group(0, 1))
     shards = {n: _shard(n, task, device) for n in task.pairs}
     loss = torch.zeros(())
     for step, batch in enumerate(_batches(task, config.seed, task.steps, device)):
@@ -178,6 +178,10 @@ def train(
             right = _logits(model, batch, shards, config).argmax(-1) == batch.answers
             correct[batch.answers.shape[1]].append(right.float().mean())
     return {n: torch.stack(c).mean().item() for n, c in correct.items()}, loss.item()
+
+
+def _precision(config: Config, device: torch.device) -> Literal["float32", "bfloat16"]:
+    return config.precision or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 def resolve_model(name: str, task: Task) -> ResolvedJob:

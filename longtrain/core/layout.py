@@ -80,7 +80,7 @@ class SequenceLayout:
         return torch.searchsorted(starts, index.expand(len(starts), -1).contiguous(), right=True) - 1
 
     def positions(self, index: Tensor) -> Tensor:
-        """[L] int64 tokens -> [B, L] the position of each in its document."""
+        """[L] int64 tokens of the sequence -> [B, L] the position of each in its document."""
         return index - self._starts(index.device).gather(1, self.documents(index))
 
     def _starts(self, device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ engine does. The largest error is returned, relative to the largest entry of the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, get_args
 
 import pytest
@@ -19,6 +20,7 @@ from longtrain.core.layout import LayoutKind, SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
+from longtrain.model.model import Model
 from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
@@ -82,40 +84,54 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return (got - want).abs().max().item() / (scale + 1e-30) if got.numel() else 0.0
 
 
-def model_error(case: Case, device: str = "cpu") -> float:
-    """Largest relative error of the outputs and parameter gradients of a model on this rank."""
+@dataclass(frozen=True)
+class Exact:
+    """A model on one rank: what its cut sequences are compared with."""
+
+    model: Model
+    tokens: Tensor
+    cotangent: Tensor
+    output: Tensor
+    grads: list[Tensor]
+
+    def forward(self, index: Tensor, handle: ShardedSequence) -> Tensor:
+        return self.model(self.tokens[:, index], handle)
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(self.model.parameters()), materialize_grads=True))
+
+
+@cache  # algorithms and numbers of ranks share it
+def exact(pattern: tuple[str, ...], length: int, starts: tuple[tuple[int, ...], ...], device: str) -> Exact:
     config = ModelConfig(
         width=12,
-        num_layers=len(case.pattern),
-        pattern=case.pattern,
+        num_layers=len(pattern),
+        pattern=pattern,
         mlp_width=16,
         tie_embeddings=False,
         norm_epsilon=1e-6,
         initializer_std=0.5,
     )
     model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry()).double().to(device)
-    mesh = build_mesh(torch.distributed.get_world_size())
-    length = case.length
-    edges = [span[0] for r in range(mesh.sequence.size) for span in layout_of(case, mesh.sequence.size).spans(r, 0)]
-    starts = awkward_starts(length, tuple(edges)) if case.packed and length > 2 else ((0,), (0,))
     torch.manual_seed(length)
     tokens = torch.randint(VOCABULARY, (2, length)).to(device)
     cotangent = torch.randn(2, length, 12, dtype=torch.float64).to(device)
+    alone = Exact(model, tokens, cotangent, cotangent, [])
+    output, _ = run_in_chunks(alone.forward, SequenceLayout(length, 1, starts), Group(0, 1), LOCAL, device)
+    return replace(alone, output=output.detach(), grads=alone.gradients((output * cotangent).sum()))
 
-    def forward(index: Tensor, handle: ShardedSequence) -> Tensor:
-        return model(tokens[:, index], handle)
 
-    def gradients(loss: Tensor) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True))
-
-    alone = SequenceLayout(length, 1, starts)
-    exact, _ = run_in_chunks(forward, alone, Group(0, 1), LOCAL, device)
-    exact_grads = gradients((exact * cotangent).sum())
+def model_error(case: Case, device: str = "cpu") -> float:
+    """Largest relative error of the outputs and parameter gradients of a model on this rank."""
+    mesh = build_mesh(torch.distributed.get_world_size())
+    edges = [span[0] for r in range(mesh.sequence.size) for span in layout_of(case, mesh.sequence.size).spans(r, 0)]
+    starts = awkward_starts(case.length, tuple(edges)) if case.packed and case.length > 2 else ((0,), (0,))
+    want = exact(case.pattern, case.length, starts, device)
     layout = layout_of(case, mesh.sequence.size, starts)
-    output, index = run_in_chunks(forward, layout, mesh.sequence, algorithms(case.scan, case.attend), device)
-    grads = gradients((output * cotangent[:, index]).sum())
-    errors = [relative_error(output, exact[:, index])]
-    errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, exact_grads, strict=True)]
+    output, index = run_in_chunks(want.forward, layout, mesh.sequence, algorithms(case.scan, case.attend), device)
+    grads = want.gradients((output * want.cotangent[:, index]).sum())
+    errors = [relative_error(output, want.output[:, index])]
+    errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, want.grads, strict=True)]
     return max(errors)
 
 

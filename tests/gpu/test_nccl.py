@@ -9,7 +9,8 @@ import torch
 
 from longtrain.comm.mesh import process_group
 from longtrain.training.rank import pick_device
-from tests.distributed.test_parity import ATTENDS, PATTERNS, TOLERANCE, model_error
+from tests.distributed.test_parity import ATTENDS, HYBRID, LAYOUTS, SCANS, TOLERANCE, Case, model_error
+from tests.harness.mixers import ATTENTION
 from tests.harness.ranks import RankPool, run_ranks
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 
@@ -19,14 +20,15 @@ pytestmark = pytest.mark.gpu
 def errors_on_gpu() -> dict[str, float]:
     """Largest relative error on this rank, by case."""
     device = pick_device("cuda")
-    errors = {}
+    cases: list[Case] = []
     with process_group(device, timedelta(minutes=2)):
-        for attend in ATTENDS:
-            for pattern in PATTERNS:
+        for layout in LAYOUTS:
+            for pattern in ((ATTENTION[0],), HYBRID):
                 for length in (3, 9, 67):
-                    case = f"{'-'.join(pattern)} {attend} {length}"
-                    errors[case] = model_error(pattern, length, True, "all_gather", attend, None, str(device))
-            errors[f"chunks {attend}"] = model_error(PATTERNS[-1], 37, True, "all_gather", attend, 5, str(device))
+                    cases += [Case(pattern, length, attend=attend, layout=layout) for attend in ATTENDS]
+                    cases += [Case(pattern, length, scan=scan, layout=layout) for scan in SCANS]
+            cases += [Case(length=37, attend=attend, layout=layout, chunk_tokens=5) for attend in ATTENDS]
+        errors = {str(case): model_error(case, str(device)) for case in cases}
     return errors
 
 

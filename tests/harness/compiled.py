@@ -24,6 +24,8 @@ import torch
 SHARED_MEMORY = 227 * 2**10  # bytes that a program may have
 
 Compiled = dict[str, Any]
+# By threads, or by the copy engine: the buffer comes before the barrier that it completes.
+_COPY = re.compile(r"async_copy_global_to_local %[\w#]+, (%\w+)|async_tma_copy_global_to_local .*\] (%\w+),")
 
 
 def refilled_slots(ttgir: str) -> list[str]:
@@ -47,8 +49,8 @@ def refilled_slots(ttgir: str) -> list[str]:
                 loop_end, ahead = "", {}
         elif "= scf.for" in line:
             loop_end, body = re.sub(r"\S.*", "}", line), []
-        elif match := re.search(r"ttg\.async_copy_global_to_local %[\w#]+, (%\w+)", line):
-            buffer = buffer_of.get(match[1], "")
+        elif match := _COPY.search(line):
+            buffer = buffer_of.get(match[1] or match[2], "")
             ahead[buffer] = ahead.get(buffer, 0) + 1
     return sorted(found)
 
@@ -58,12 +60,12 @@ def _read_when_copied(body: list[str], buffer_of: dict[str, str]) -> set[str]:
     in_flight: list[list[str]] = []
     found = set()
     for line in body * 2:  # products may still be in flight when the next iteration begins
-        if match := re.search(r"warp_group_dot (%\w+), (%\w+),.*isAsync = true", line):
+        if match := re.search(r"warp_group_dot (%\w+)\S*, (%\w+)\S*,.*isAsync = true", line):
             in_flight.append([buffer_of.get(operand, "") for operand in match.groups()])
         elif match := re.search(r"warp_group_dot_wait .*pendings = (\d+)", line):
             in_flight = in_flight[max(0, len(in_flight) - int(match[1])) :]
-        elif match := re.search(r"ttg\.async_copy_global_to_local %[\w#]+, (%\w+)", line):
-            found |= {buffer_of.get(match[1], "")} & {buffer for product in in_flight for buffer in product}
+        elif match := _COPY.search(line):
+            found |= {buffer_of.get(match[1] or match[2], "")} & {buffer for product in in_flight for buffer in product}
     return found
 
 

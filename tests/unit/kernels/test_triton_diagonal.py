@@ -63,3 +63,48 @@ def test_backward_drops_what_the_scan_kept() -> None:
     assert kept() is None
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_a_document_leaves_another_as_it_is_to_the_bit(kind: str) -> None:
+    length, second = 75, 40
+    documents = (torch.arange(length) >= second).long().expand(1, -1).to(KERNEL_DEVICE)
+    inputs = scan_inputs(kind, (1, length, 1, 2, 16, 16), torch.float32, KERNEL_DEVICE)
+    changed = {
+        name: torch.cat([tensor[:, :second] * 1.5, tensor[:, second:]], 1).detach().requires_grad_()
+        for name, tensor in inputs.items()
+    }
+    results = []
+    for tensors in (inputs, changed):
+        output, _ = TRITON(**tensors).apply(documents, None)
+        results.append([output, *torch.autograd.grad(output.sum(), list(tensors.values()))])
+    assert all(torch.equal(a[:, second:], b[:, second:]) for a, b in zip(*results, strict=True))
+
+
+def test_a_scalar_decay_that_underflows_leaves_the_others_exact() -> None:
+    inputs = scan_inputs("scalar", (1, 67, 1, 2, 16, 16), torch.float32, KERNEL_DEVICE)
+    inputs["log_decay"].data[:, 3::5] = -1e30
+    documents = torch.zeros(1, 67, dtype=torch.int64, device=KERNEL_DEVICE)
+    # sums of decays reach 2^11 and float32 rounds them to 2^-13, several in a row
+    errors = scan_errors(TRITON, REFERENCE, inputs, documents)
+    assert max(errors.values()) < 2**-11, errors
+
+
+def test_inputs_changed_before_the_backward_pass_are_noticed() -> None:
+    inputs = scan_inputs("scalar", (1, 9, 1, 1, 16, 16), torch.float32, KERNEL_DEVICE)
+    values = inputs["values"] * 1.0
+    output, _ = TRITON(**inputs | {"values": values}).apply(
+        torch.zeros(1, 9, dtype=torch.int64, device=KERNEL_DEVICE), None
+    )
+    values.mul_(3.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["scalar", "vector"])
+def test_no_sequences_are_no_error(kind: str) -> None:
+    tensors = scan_inputs(kind, (1, 8, 1, 1, 16, 16), torch.float32, KERNEL_DEVICE)
+    empty = {name: tensor[:0] for name, tensor in tensors.items()}
+    output, state = TRITON(**empty).apply(torch.zeros(0, 8, dtype=torch.int64, device=KERNEL_DEVICE), None)
+    assert output.shape == (0, 8, 1, 16)
+    assert state.shape == (0, 1, 16, 16)
