@@ -1,6 +1,7 @@
 """What the scans have in common: queries, keys and values bound to a recurrence."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -8,6 +9,9 @@ from torch import Tensor
 
 from longtrain_kernels.affine import Segment, run
 from longtrain_kernels.backend import expand_heads
+
+OnHeads = Callable[[Tensor], Tensor]
+"""Of a tensor [B, L, heads, ...], one with other tokens and heads."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,30 @@ class BoundScan(ABC):
         batch, length, groups, _ = self.keys.shape
         if self.queries.shape != self.keys.shape:
             raise ValueError(f"queries {tuple(self.queries.shape)} and keys {tuple(self.keys.shape)} differ in shape")
-        if self.values.shape[:2] != (batch, length) or not groups or self.values.shape[2] % groups:
+        heads = self.values.shape[2]
+        if self.values.shape[:2] != (batch, length) or (heads % groups if groups else heads):
             raise ValueError(f"values {tuple(self.values.shape)} do not match keys {tuple(self.keys.shape)}")
 
     def rows(self, part: slice) -> Self:
         """The recurrence of some of the tokens; what belongs to no token, such as a constant decay, is kept."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{n: t[:, part] for n, t in tensors.items() if isinstance(t, Tensor) and t.dim() > 1})
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Key heads G and value heads H."""
+        return self.keys.shape[2], self.values.shape[2]
+
+    def mapped(self, on_key_heads: OnHeads, on_value_heads: OnHeads) -> Self:
+        """See `core.contracts.Recurrence` of longtrain; a constant decay becomes one of each token."""
+        shape = self.values.shape[:3]
+        changes = {}
+        for f in fields(self):
+            tensor = getattr(self, f.name)
+            if isinstance(tensor, Tensor):
+                function = on_key_heads if f.name in ("queries", "keys") else on_value_heads
+                changes[f.name] = function(tensor if tensor.dim() > 1 else tensor.expand(shape))
+        return replace(self, **changes)
 
     def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run from `state` [B, H, K, V] (None: zero); returns outputs [B, L, H, V] and the final state.

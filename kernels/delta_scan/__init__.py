@@ -44,7 +44,7 @@ class DeltaScan(BoundScan):
 
     def _segment(self, documents: Tensor) -> Segment:
         backend = choose_backend(self.backend, self.values, self.queries, self.keys)
-        if backend is Backend.TRITON and self.values.shape[0] > 0:
+        if backend is Backend.TRITON and self.values.numel() > 0:
             # Triton is not on every platform.
             from longtrain_kernels.delta_scan.triton import delta_segment_triton  # noqa: PLC0415
 

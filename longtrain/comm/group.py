@@ -4,6 +4,7 @@ None of these is differentiable: an algorithm that needs gradients writes its fo
 them, which keeps every rank's collectives in the same order in both passes. A group of one rank communicates nothing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,16 @@ class Group:
             dist.all_reduce(padded, group=self.handle)
             mine = padded[self.rank]
         return mine[:, : parts[self.rank].shape[1]].contiguous()
+
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """Part r goes to rank r; returns what every rank sent here, of the given shapes and the parts' dtype."""
+        if self.size == 1:
+            return list(parts)
+        sent = torch.cat([part.flatten() for part in parts])
+        counts = [math.prod(shape) for shape in shapes]
+        received = sent.new_empty(sum(counts))
+        dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts], group=self.handle)
+        return [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from longtrain_kernels.affine import Segment
 from longtrain_kernels.backend import Backend
+from longtrain_kernels.scan import OnHeads
 
 
 class Recurrence(Protocol):
@@ -25,6 +26,16 @@ class Recurrence(Protocol):
 
     def rows(self, part: slice) -> Self:
         """The recurrence of some of the segment's tokens, as a segment of its own."""
+        ...
+
+    def mapped(self, on_key_heads: OnHeads, on_value_heads: OnHeads) -> Self:
+        """The recurrence of what the functions make of its tensors [B, L, heads, ...]: of those with key heads, and
+        with value heads."""
+        ...
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """Key heads G and value heads H."""
         ...
 
     def apply(self, documents: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,32 @@
+"""Attention by all-to-all between tokens and heads (Jacobs et al. 2023, "DeepSpeed Ulysses").
+
+Every rank attends with all tokens of its share of the query heads, and gets the key heads that they read; where there
+are fewer key heads than ranks, several ranks get the same. It carries their keys and values of earlier chunks.
+"""
+
+import torch
+from torch import Tensor
+
+from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.heads import HeadShares
+from longtrain.sequence_parallel.shard import Shard
+from longtrain_kernels.block_attention import Tokens, attention
+
+
+def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    """Outputs [B, L, H, V]; a rank carries keys and values of its heads."""
+    shares = HeadShares(shard, call.k.shape[2], call.q.shape[2])
+    q, k, v = shares.values.to_heads(call.q), shares.of_keys(call.k), shares.of_keys(call.v)
+    if carry is not None:
+        k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
+    begin, end = shard.layout.chunk(shard.chunk)
+    if q.shape[2]:
+        output = attention(q, k, v, _tokens(shard, begin, end), _tokens(shard, 0, end), call.window, call.scale)
+    else:  # no head is left for this rank, whose backward pass must take part all the same
+        output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
+    return shares.values.to_tokens(output), (k, v)
+
+
+def _tokens(shard: Shard, begin: int, end: int) -> Tokens:
+    index = torch.arange(begin, end, device=shard.device)
+    return Tokens(index, shard.layout.documents(index))

@@ -1,0 +1,124 @@
+"""All-to-all between tokens and heads (Jacobs et al. 2023, "DeepSpeed Ulysses", section 3.1).
+
+A rank that holds some tokens of all heads comes to hold all tokens of some heads, and back. Neither heads nor tokens
+need to be multiples of the number of ranks; a rank may get no head. Where two ranks get the same head, as a key head
+that serves queries of both, their cotangents of it are summed.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtrain.core.layout import span_index
+from longtrain.sequence_parallel.shard import Shard
+
+
+def split_evenly(count: int, parts: int) -> list[slice]:
+    """Consecutive ranges of `count` things whose sizes differ by one at most."""
+    ends = [count * (i + 1) // parts for i in range(parts)]
+    return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class HeadExchange:
+    """The exchange of one macro-chunk; `heads[r]` are the heads that rank r gets, of `total`."""
+
+    shard: Shard
+    heads: list[slice]
+    total: int
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """This rank's tokens of all heads [B, L, total, ...] -> the chunk's tokens, ascending, of this rank's heads."""
+        return _ToHeads.apply(x, self)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The inverse of `to_heads`, of heads that one rank has each."""
+        return _ToTokens.apply(x, self)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of the chunk on every rank."""
+        layout, chunk = self.shard.layout, self.shard.chunk
+        return [sum(e - b for b, e in layout.spans(r, chunk)) for r in range(layout.num_ranks)]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where the chunk's tokens in order are, when gathered rank by rank."""
+        layout, shard = self.shard.layout, self.shard
+        spans = [span for r in range(layout.num_ranks) for span in layout.spans(r, shard.chunk)]
+        return span_index(spans, shard.device).argsort()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`to_heads` without gradients."""
+        group, mine = self.shard.group, self.heads[self.shard.group.rank]
+        shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.counts]
+        parts = group.all_to_all([x[:, :, heads] for heads in self.heads], shapes)
+        return torch.cat(parts, dim=1)[:, self.order]
+
+    def scatter(self, x: Tensor) -> Tensor:
+        """Its transpose: what several ranks have of a head is summed."""
+        group = self.shard.group
+        by_rank = torch.empty_like(x)
+        by_rank[:, self.order] = x
+        length = self.counts[group.rank]
+        shapes = [(x.shape[0], length, heads.stop - heads.start, *x.shape[3:]) for heads in self.heads]
+        result = x.new_zeros(x.shape[0], length, self.total, *x.shape[3:])
+        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.counts, 1), shapes), strict=True):
+            result[:, :, heads] += part
+        return result
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """Which heads each rank gets: value (or query) heads as evenly as they go, and the key heads that they read."""
+
+    shard: Shard
+    key_heads: int
+    value_heads: int
+
+    @cached_property
+    def values(self) -> HeadExchange:
+        """The exchange of value heads."""
+        return HeadExchange(self.shard, split_evenly(self.value_heads, self.shard.group.size), self.value_heads)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """[B, L, G, ...] -> [B, T, this rank's value heads, ...]: to each value head its key head's."""
+        mine = self.values.heads[self.shard.group.rank]
+        reads = torch.arange(mine.start, mine.stop, device=x.device) // self._per_key
+        return self._keys.to_heads(x)[:, :, reads - self._keys.heads[self.shard.group.rank].start]
+
+    @property
+    def _per_key(self) -> int:
+        return self.value_heads // self.key_heads
+
+    @cached_property
+    def _keys(self) -> HeadExchange:
+        shares = [slice(v.start // self._per_key, -(-v.stop // self._per_key)) for v in self.values.heads]
+        empty = slice(0, 0)
+        heads = [k if v.stop > v.start else empty for k, v in zip(shares, self.values.heads, strict=True)]
+        return HeadExchange(self.shard, heads, self.key_heads)
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.exchange.scatter(grad), None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.scatter(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.exchange.gather(grad), None
