@@ -35,7 +35,11 @@ class Shard:
     @cached_property
     def tokens(self) -> Tokens:
         """This rank's tokens of the chunk, with their documents."""
-        return self._tokens(self.spans)
+        return self.tokens_of(self.group.rank)
+
+    def tokens_of(self, rank: int) -> Tokens:
+        """A rank's tokens of the chunk."""
+        return self._tokens(self.layout.spans(rank, self.chunk))
 
     @cached_property
     def positions(self) -> Tensor:

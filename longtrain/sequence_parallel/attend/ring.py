@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longtrain.sequence_parallel.attend._rotation import pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.block_attention import attention_backward, attention_forward, merge
@@ -24,12 +25,12 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
-        group = shard.group
+        group, rows = shard.group, shard.held_counts()
         output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), window, scale)
         block: tuple[Tensor, ...] = (k, v)
         for step in range(1, group.size):
             holder = (group.rank - step) % group.size
-            block = _pass_on(block, holder, shard)
+            block = pass_on(block, rows[holder], group)
             part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), window, scale)
             output, lse = merge(output, lse, *part)
         ctx.save_for_backward(q, k, v, output, lse)
@@ -39,7 +40,7 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
-        shard = ctx.shard
+        shard, rows = ctx.shard, ctx.shard.held_counts()
         delta = (grad.to(output.dtype) * output).sum(-1).mT
         dq = torch.zeros_like(q, dtype=output.dtype)
         block: tuple[Tensor, ...] = (k, v)
@@ -51,17 +52,9 @@ class _Ring(torch.autograd.Function):
             dq += dq_part
             sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
             if step + 1 < shard.group.size:
-                received = _pass_on((*block, *sums), (holder - 1) % shard.group.size, shard)
+                received = pass_on((*block, *sums), rows[(holder - 1) % shard.group.size], shard.group)
                 block, sums = received[:2], received[2:]
         if shard.group.size > 1:  # home, without the keys and values
-            sums = _pass_on(sums, shard.group.rank, shard)
+            sums = pass_on(sums, rows[shard.group.rank], shard.group)
         dk, dv = sums
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
-
-
-def _pass_on(tensors: tuple[Tensor, ...], holder: int, shard: Shard) -> tuple[Tensor, ...]:
-    """Send these tensors to the next rank of the ring; receive those that belong to the tokens of `holder`."""
-    rows = shard.held_counts()[holder]
-    received = tuple(t.new_empty(t.shape[0], rows, *t.shape[2:]) for t in tensors)
-    shard.group.rotate(tensors, received)
-    return received
