@@ -11,12 +11,11 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttendCall:
-    """Causal attention inside documents; shapes as in `core.contracts.Sequence.attend`."""
+    """Causal attention to all tokens of a document; shapes as in `core.contracts.Sequence.attend`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    window: int | None
     scale: float
 
     def keys_and_values(self, carry: KeyValue | None) -> KeyValue:

@@ -12,6 +12,7 @@ from longtrain.core.contracts import Recurrence, Stretch
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
 
 Output = TypeVar("Output")
@@ -55,8 +56,10 @@ class ShardedSequence:
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
     ) -> Tensor:
         """See `core.contracts.Sequence.attend`."""
-        call = AttendCall(q, k, v, window, q.shape[-1] ** -0.5 if scale is None else scale)
+        call = AttendCall(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
         with self._exact():
+            if window is not None:
+                return self._keep(*attend_window(call, window, self.shard, self._carry()))
             return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
 
     def halo(self, x: Tensor, width: int) -> list[Stretch]:

@@ -17,33 +17,31 @@ from longtrain_kernels.block_attention import Tokens, attention_backward, attent
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _GatheredAttention.apply(call.q, k, v, shard, call.window, call.scale), (k, v)
+    return _GatheredAttention.apply(call.q, k, v, shard, call.scale), (k, v)
 
 
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
         keys, order = _all_tokens(shard)
         widths = [k.shape[-1], v.shape[-1]]
         gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.held_counts()), dim=1)
         k_all, v_all = gathered[:, order].split(widths, dim=-1)
-        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, window, scale)
+        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, None, scale)
         ctx.save_for_backward(q, k_all, v_all, output, lse, order)
-        ctx.shard, ctx.keys, ctx.window, ctx.scale = shard, keys, window, scale
+        ctx.shard, ctx.keys, ctx.scale = shard, keys, scale
         return output.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k_all, v_all, output, lse, order = ctx.saved_tensors
         delta = (grad.to(output.dtype) * output).sum(-1).mT
-        dq, dk, dv = attention_backward(
-            grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, ctx.window, ctx.scale
-        )
+        dq, dk, dv = attention_backward(grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, None, ctx.scale)
         by_rank = torch.empty_like(order)
         by_rank[order] = torch.arange(len(order), device=order.device)
         sums = torch.cat([dk, dv], dim=-1)[:, by_rank].split(ctx.shard.held_counts(), dim=1)
         dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
-        return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None
 
 
 def _all_tokens(shard: Shard) -> tuple[Tokens, Tensor]:

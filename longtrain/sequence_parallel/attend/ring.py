@@ -19,22 +19,22 @@ from longtrain_kernels.block_attention import attention_backward, attention_forw
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _Ring.apply(call.q, k, v, shard, call.window, call.scale), (k, v)
+    return _Ring.apply(call.q, k, v, shard, call.scale), (k, v)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
         group, rows = shard.group, shard.held_counts()
-        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), window, scale)
+        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), None, scale)
         block: tuple[Tensor, ...] = (k, v)
         for step in range(1, group.size):
             holder = (group.rank - step) % group.size
             block = pass_on(block, rows[holder], group)
-            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), window, scale)
+            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), None, scale)
             output, lse = merge(output, lse, *part)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.shard, ctx.window, ctx.scale = shard, window, scale
+        ctx.shard, ctx.scale = shard, scale
         return output.to(q.dtype)
 
     @staticmethod
@@ -48,7 +48,7 @@ class _Ring(torch.autograd.Function):
         for step in range(shard.group.size):
             holder = (shard.group.rank - step) % shard.group.size
             keys = shard.held_tokens(holder)
-            dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, ctx.window, ctx.scale)
+            dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, None, ctx.scale)
             dq += dq_part
             sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
             if step + 1 < shard.group.size:
@@ -57,4 +57,4 @@ class _Ring(torch.autograd.Function):
         if shard.group.size > 1:  # home, without the keys and values
             sums = pass_on(sums, rows[shard.group.rank], shard.group)
         dk, dv = sums
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

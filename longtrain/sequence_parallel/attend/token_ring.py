@@ -18,24 +18,24 @@ from longtrain_kernels.block_attention import attention_backward, attention_forw
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _TokenRing.apply(call.q, k, v, shard, call.window, call.scale), (k, v)
+    return _TokenRing.apply(call.q, k, v, shard, call.scale), (k, v)
 
 
 class _TokenRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, window: int | None, scale: float) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
         group, keys = shard.group, shard.held_tokens(shard.group.rank)
-        output, lse = attention_forward(q, k, v, shard.tokens, keys, window, scale)
+        output, lse = attention_forward(q, k, v, shard.tokens, keys, None, scale)
         block: tuple[Tensor, ...] = (q,)
         for step in range(1, group.size):
             owner = (group.rank - step) % group.size
             tokens = shard.tokens_of(owner)
             block = pass_on(block, tokens.index.numel(), group)
-            part, part_lse = attention_forward(*block, k, v, tokens, keys, window, scale)
+            part, part_lse = attention_forward(*block, k, v, tokens, keys, None, scale)
             home, home_lse = _send_home((part, part_lse.mT), (output, lse.mT), step, shard)
             output, lse = merge(output, lse, home, home_lse.mT)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.shard, ctx.window, ctx.scale = shard, window, scale
+        ctx.shard, ctx.scale = shard, scale
         return output.to(q.dtype)
 
     @staticmethod
@@ -52,12 +52,10 @@ class _TokenRing(torch.autograd.Function):
             if step:
                 block = pass_on(block, tokens.index.numel(), group)
             rows, queries, sums, deltas = block
-            part, *parts = attention_backward(
-                rows, queries, k, v, sums.mT, deltas.mT, tokens, keys, ctx.window, ctx.scale
-            )
+            part, *parts = attention_backward(rows, queries, k, v, sums.mT, deltas.mT, tokens, keys, None, ctx.scale)
             dk, dv = dk + parts[0], dv + parts[1]
             dq += _send_home((part,), (dq,), step, shard)[0] if step else part
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
 def _send_home(parts: tuple[Tensor, ...], like: tuple[Tensor, ...], step: int, shard: Shard) -> list[Tensor]:

@@ -21,7 +21,7 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
         k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
     begin, end = shard.layout.chunk(shard.chunk)
     if q.shape[2]:
-        output = attention(q, k, v, _tokens(shard, begin, end), _tokens(shard, 0, end), call.window, call.scale)
+        output = attention(q, k, v, _tokens(shard, begin, end), _tokens(shard, 0, end), None, call.scale)
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
     return shares.values.to_tokens(output), (k, v)
