@@ -51,7 +51,8 @@ FILES = {
 
         def scan(op, shard, carry):
             group = shard.group
-            segment = op.summarize(shard.segment_documents)
+            (documents,) = shard.segment_documents  # of a contiguous layout
+            segment = op.summarize(documents)
             state = torch.zeros_like(segment.state) if carry is None else carry
             before, after = Pass.apply(segment.transition, segment.state, state, group)
             return segment.correct(before), after
