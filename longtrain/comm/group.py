@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+Work = dist.Work
+"""Something that has begun; `wait` for it."""
+
 
 def _started(work: dist.Work | None) -> dist.Work:
     """torch answers None to a rank that is not in the group."""
@@ -89,7 +92,7 @@ class Group:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
 
-    def send(self, tensor: Tensor, to: int) -> dist.Work:
+    def send(self, tensor: Tensor, to: int) -> Work:
         """Begin to send; `tensor` must stay as it is until the work is waited for."""
         return _started(dist.isend(tensor, group=self.handle, group_dst=to))
 

@@ -9,14 +9,14 @@ zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal atten
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from longtrain.core.kinds import LayoutKind
+
 Span = tuple[int, int]
 """Tokens [begin, end) of the whole sequence."""
-LayoutKind = Literal["contiguous", "zigzag"]
 
 
 @dataclass(frozen=True)

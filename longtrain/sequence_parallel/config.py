@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from longtrain.core.layout import LayoutKind
+from longtrain.core.kinds import LayoutKind
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.mesh import Mesh
-from longtrain.core.layout import LayoutKind, SequenceLayout
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.layout import SequenceLayout
 from longtrain.data.corpus import Corpus
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from longtrain.comm.group import Group
 from longtrain.comm.mesh import build_mesh
 from longtrain.core.contracts import Recurrence
-from longtrain.core.layout import LayoutKind, SequenceLayout
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig

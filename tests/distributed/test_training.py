@@ -10,7 +10,7 @@ import torch
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.core.errors import CorruptCheckpoint, Refused
-from longtrain.core.layout import LayoutKind
+from longtrain.core.kinds import LayoutKind
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.telemetry.events import Started, StepDone, Warned

@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from longtrain.comm.group import Group
+from longtrain.comm.group import Group, Work
 from longtrain.core.contracts import Recurrence
 from longtrain.sequence_parallel.segments import correct_parts, summarize_parts
 from longtrain.sequence_parallel.shard import Shard
@@ -106,7 +105,7 @@ class _Post:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._own: list[Tensor] = []
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[tuple[Work, Tensor]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
         if to == self._group.rank:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtrain.core.layout import LayoutKind, SequenceLayout, overlap, span_index
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.layout import SequenceLayout, overlap, span_index
 
 KINDS = st.sampled_from(["contiguous", "zigzag"])
 
