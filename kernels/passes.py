@@ -77,7 +77,7 @@ class _Summary(torch.autograd.Function):
     def forward(ctx: Any, passes: Passes, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         ctx.passes = passes
         # The passes keep the inputs themselves, and so must notice what autograd would: a change in place.
-        ctx.versions = [(x.detach(), x._version) for x in inputs if x is not None]
+        ctx.versions = [(x.detach(), x._version) for x in inputs if x is not None and not x.is_inference()]
         transition, state = passes.summarize()
         return transition, state, state.new_empty(0)
 

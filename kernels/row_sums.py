@@ -6,6 +6,9 @@
 import triton
 import triton.language as tl
 
+# exp2 of it is zero in float32; a sum of exponents must not be swallowed by what is far below.
+LEAST: tl.constexpr = tl.constexpr(-150.0)
+
 
 @triton.jit
 def sum_rows(chosen, terms, OPERAND: tl.constexpr, BITS: tl.constexpr = 24):

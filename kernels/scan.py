@@ -54,7 +54,7 @@ class BoundScan(ABC):
         return self.keys.shape[2], self.values.shape[2]
 
     def mapped(self, on_key_heads: OnHeads, on_value_heads: OnHeads) -> Self:
-        """See `core.contracts.Recurrence` of longtrain; a constant decay becomes one of each token."""
+        """The recurrence of what the functions make of its tensors; a constant decay becomes one of each token."""
         shape = self.values.shape[:3]
         changes = {}
         for f in fields(self):

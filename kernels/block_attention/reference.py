@@ -8,7 +8,7 @@ from longtrain_kernels.block_attention.tiled import Tokens
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `attention_forward`; differentiable through autograd."""
     dtype = accumulator_dtype(q.dtype)

@@ -63,7 +63,7 @@ def _scores(q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, scale: float, window: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of one block.
 
@@ -99,8 +99,8 @@ def attention_backward(
     delta: Tensor,
     queries: Tokens,
     keys: Tokens,
-    window: int | None,
     scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one block of a softmax that may span several blocks (FlashAttention-2, algorithm 2).
 
@@ -139,11 +139,18 @@ def merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tupl
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, window: int | None, scale: float
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        queries: Tokens,
+        keys: Tokens,
+        scale: float,
+        window: int | None = None,
     ) -> Tensor:
-        output, lse = attention_forward(q, k, v, queries, keys, window, scale)
+        output, lse = attention_forward(q, k, v, queries, keys, scale, window)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.mask = (queries, keys, window, scale)
+        ctx.mask = (queries, keys, scale, window)
         return output.to(q.dtype)
 
     @staticmethod
@@ -155,7 +162,7 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens, scale: float, window: int | None = None
 ) -> Tensor:
     """Differentiable attention of queries [B, L, H, D] to all the keys [B, M, G, D] they may see; [B, L, H, V]."""
-    return _Attention.apply(q, k, v, queries, keys, window, scale)
+    return _Attention.apply(q, k, v, queries, keys, scale, window)

@@ -10,11 +10,9 @@ that the kernels use"). Log-decays are in base 2.
 import triton
 import triton.language as tl
 
-from longtrain_kernels.row_sums import sum_rows
+from longtrain_kernels.row_sums import LEAST, sum_rows
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# exp2 of it is zero in float32; sums must not be swallowed by what is far below.
-LEAST = tl.constexpr(-150.0)
 # Pairs of a vector decay are products of q exp2(b + ANCHOR) and k exp2(-b - ANCHOR) while b > -REACH: then every
 # factor is a normal number of bfloat16 and float32, whose range is the same.
 ANCHOR = tl.constexpr(60.0)

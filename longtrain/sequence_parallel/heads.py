@@ -5,6 +5,7 @@ need to be multiples of the number of ranks; a rank may get no head. Where two r
 that serves queries of both, their cotangents of it are summed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.core.layout import span_index
 from longtrain.sequence_parallel.shard import Shard
+
+Linear = Callable[[Tensor], Tensor]
 
 
 def split_evenly(count: int, parts: int) -> list[slice]:
@@ -32,41 +34,28 @@ class HeadExchange:
 
     def to_heads(self, x: Tensor) -> Tensor:
         """This rank's tokens of all heads [B, L, total, ...] -> the chunk's tokens, ascending, of this rank's heads."""
-        return _ToHeads.apply(x, self)
+        return _Linear.apply(x, self.gather, self.scatter)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The inverse of `to_heads`, of heads that one rank has each."""
-        return _ToTokens.apply(x, self)
-
-    @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of the chunk on every rank."""
-        layout, chunk = self.shard.layout, self.shard.chunk
-        return [sum(e - b for b, e in layout.spans(r, chunk)) for r in range(layout.num_ranks)]
-
-    @cached_property
-    def order(self) -> Tensor:
-        """Where the chunk's tokens in order are, when gathered rank by rank."""
-        layout, shard = self.shard.layout, self.shard
-        spans = [span for r in range(layout.num_ranks) for span in layout.spans(r, shard.chunk)]
-        return span_index(spans, shard.device).argsort()
+        return _Linear.apply(x, self.scatter, self.gather)
 
     def gather(self, x: Tensor) -> Tensor:
         """`to_heads` without gradients."""
         group, mine = self.shard.group, self.heads[self.shard.group.rank]
-        shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.counts]
+        shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.shard.counts]
         parts = group.all_to_all([x[:, :, heads] for heads in self.heads], shapes)
-        return torch.cat(parts, dim=1)[:, self.order]
+        return torch.cat(parts, dim=1)[:, self.shard.order]
 
     def scatter(self, x: Tensor) -> Tensor:
         """Its transpose: what several ranks have of a head is summed."""
         group = self.shard.group
         by_rank = torch.empty_like(x)
-        by_rank[:, self.order] = x
-        length = self.counts[group.rank]
+        by_rank[:, self.shard.order] = x
+        length = self.shard.counts[group.rank]
         shapes = [(x.shape[0], length, heads.stop - heads.start, *x.shape[3:]) for heads in self.heads]
         result = x.new_zeros(x.shape[0], length, self.total, *x.shape[3:])
-        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.counts, 1), shapes), strict=True):
+        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.shard.counts, 1), shapes), strict=True):
             result[:, :, heads] += part
         return result
 
@@ -102,23 +91,14 @@ class HeadShares:
         return HeadExchange(self.shard, heads, self.key_heads)
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.gather(x)
+class _Linear(torch.autograd.Function):
+    """A linear function and its transpose."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.exchange.scatter(grad), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: HeadExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.scatter(x)
+    def forward(ctx: Any, x: Tensor, function: Linear, transpose: Linear) -> Tensor:
+        ctx.transpose = transpose
+        return function(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.exchange.gather(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.transpose(grad), None, None

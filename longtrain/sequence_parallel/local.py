@@ -17,4 +17,4 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
     """Outputs [B, L, H, V] and the keys and values so far, which are the carry."""
     k, v = call.keys_and_values(carry)
     keys = shard.held_tokens(shard.group.rank)
-    return attention(call.q, k, v, shard.tokens, keys, None, call.scale), (k, v)
+    return attention(call.q, k, v, shard.tokens, keys, call.scale), (k, v)

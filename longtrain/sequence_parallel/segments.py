@@ -10,10 +10,11 @@ from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import Segment
 
 
-def summarize_parts(op: Recurrence, shard: Shard) -> list[Segment]:
-    """The affine map of each part of this rank's tokens."""
+def summarize_parts(op: Recurrence, shard: Shard) -> tuple[list[Segment], Tensor, Tensor]:
+    """The parts of this rank's tokens, with their transitions [n, B, H, ...] and states from zero [n, B, H, K, V]."""
     ops = [op] if len(shard.parts) == 1 else [op.rows(part) for part in shard.parts]
-    return [part.summarize(documents) for part, documents in zip(ops, shard.segment_documents, strict=True)]
+    segments = [part.summarize(documents) for part, documents in zip(ops, shard.segment_documents, strict=True)]
+    return segments, torch.stack([s.transition for s in segments]), torch.stack([s.state for s in segments])
 
 
 def correct_parts(segments: list[Segment], states: Iterable[Tensor]) -> Tensor:

@@ -41,6 +41,22 @@ class Shard:
         """A rank's tokens of the chunk."""
         return self._tokens(self.layout.spans(rank, self.chunk))
 
+    def tokens_between(self, begin: int, end: int) -> Tokens:
+        """The tokens [begin, end), whoever holds them; those before the sequence have document -1."""
+        return self._tokens([(begin, end)])
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of the chunk on every rank."""
+        spans = [self.layout.spans(r, self.chunk) for r in range(self.group.size)]
+        return [sum(end - begin for begin, end in of_rank) for of_rank in spans]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
+        spans = [span for r in range(self.group.size) for span in self.layout.spans(r, self.chunk)]
+        return span_index(spans, self.device).argsort()
+
     @cached_property
     def positions(self) -> Tensor:
         """[B, L] position of each token in its document."""
@@ -67,5 +83,13 @@ class Shard:
         return [part for part in parts if part[1] > part[0]]
 
     def _tokens(self, spans: list[Span]) -> Tokens:
-        index = span_index(spans, self.device)
-        return Tokens(index=index, documents=self.layout.documents(index))
+        """Found once for all layers."""
+        key = tuple(spans)
+        if key not in self._found:
+            index = span_index(spans, self.device)
+            self._found[key] = Tokens(index=index, documents=self.layout.documents(index))
+        return self._found[key]
+
+    @cached_property
+    def _found(self) -> dict[tuple[Span, ...], Tokens]:
+        return {}

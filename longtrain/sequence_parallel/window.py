@@ -9,7 +9,7 @@ from torch import Tensor
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import Tokens, attention
+from longtrain_kernels.block_attention import attention
 
 
 def attend(call: AttendCall, window: int, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -20,9 +20,7 @@ def attend(call: AttendCall, window: int, shard: Shard, carry: Tensor | None) ->
     outputs = []
     for (part, rows), (begin, end) in zip(stretches, shard.spans, strict=True):
         k, v = (x.unflatten(2, like.shape[2:]) for x, like in zip(rows.split(sizes, -1), (call.k, call.v), strict=True))
-        # Before the sequence, documents are -1, which is no query's.
-        index = torch.arange(begin - width, end, device=shard.device)
-        documents = shard.layout.documents(index)
-        queries = Tokens(index[width:], documents[:, width:])
-        outputs.append(attention(call.q[:, part], k, v, queries, Tokens(index, documents), window, call.scale))
+        # Rows before the sequence are of no query's document.
+        queries, keys = shard.tokens_between(begin, end), shard.tokens_between(begin - width, end)
+        outputs.append(attention(call.q[:, part], k, v, queries, keys, call.scale, window))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), carry

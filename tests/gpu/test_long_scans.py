@@ -75,9 +75,10 @@ def test_past_two_to_the_31_elements(kind: str) -> None:
     # Chunks lie elsewhere behind the cut: bfloat16 roundings differ, each 2^-9
     assert difference(torch.cat([left[0], right[0]], 1), output) < 1e-2
     assert difference(right[1], final) < 1e-2
+    # a gate's gradient adds up the roundings of its segment, which are longer in the diagonal scan
+    of_gate = 4e-2 if kind in ("scalar", "vector") else 1e-2
     for name, a, b, both in zip(names(kind), left[2:-1], right[2:-1], grads, strict=True):
-        # a gate's gradient adds up the roundings of its segment
-        assert difference(torch.cat([a, b], 1), both) < (4e-2 if name == "gate" else 1e-2), name
+        assert difference(torch.cat([a, b], 1), both) < (of_gate if name == "gate" else 1e-2), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

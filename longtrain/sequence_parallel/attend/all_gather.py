@@ -27,7 +27,7 @@ class _GatheredAttention(torch.autograd.Function):
         widths = [k.shape[-1], v.shape[-1]]
         gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.held_counts()), dim=1)
         k_all, v_all = gathered[:, order].split(widths, dim=-1)
-        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, None, scale)
+        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, scale)
         ctx.save_for_backward(q, k_all, v_all, output, lse, order)
         ctx.shard, ctx.keys, ctx.scale = shard, keys, scale
         return output.to(q.dtype)
@@ -36,7 +36,7 @@ class _GatheredAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k_all, v_all, output, lse, order = ctx.saved_tensors
         delta = (grad.to(output.dtype) * output).sum(-1).mT
-        dq, dk, dv = attention_backward(grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, None, ctx.scale)
+        dq, dk, dv = attention_backward(grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, ctx.scale)
         by_rank = torch.empty_like(order)
         by_rank[order] = torch.arange(len(order), device=order.device)
         sums = torch.cat([dk, dv], dim=-1)[:, by_rank].split(ctx.shard.held_counts(), dim=1)

@@ -26,12 +26,12 @@ class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
         group, rows = shard.group, shard.held_counts()
-        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), None, scale)
+        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), scale)
         block: tuple[Tensor, ...] = (k, v)
         for step in range(1, group.size):
             holder = (group.rank - step) % group.size
             block = pass_on(block, rows[holder], group)
-            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), None, scale)
+            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), scale)
             output, lse = merge(output, lse, *part)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.shard, ctx.scale = shard, scale
@@ -48,7 +48,7 @@ class _Ring(torch.autograd.Function):
         for step in range(shard.group.size):
             holder = (shard.group.rank - step) % shard.group.size
             keys = shard.held_tokens(holder)
-            dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, None, ctx.scale)
+            dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, ctx.scale)
             dq += dq_part
             sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
             if step + 1 < shard.group.size:

@@ -25,13 +25,13 @@ class _TokenRing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
         group, keys = shard.group, shard.held_tokens(shard.group.rank)
-        output, lse = attention_forward(q, k, v, shard.tokens, keys, None, scale)
+        output, lse = attention_forward(q, k, v, shard.tokens, keys, scale)
         block: tuple[Tensor, ...] = (q,)
         for step in range(1, group.size):
             owner = (group.rank - step) % group.size
             tokens = shard.tokens_of(owner)
             block = pass_on(block, tokens.index.numel(), group)
-            part, part_lse = attention_forward(*block, k, v, tokens, keys, None, scale)
+            part, part_lse = attention_forward(*block, k, v, tokens, keys, scale)
             home, home_lse = _send_home((part, part_lse.mT), (output, lse.mT), step, shard)
             output, lse = merge(output, lse, home, home_lse.mT)
         ctx.save_for_backward(q, k, v, output, lse)
@@ -52,7 +52,7 @@ class _TokenRing(torch.autograd.Function):
             if step:
                 block = pass_on(block, tokens.index.numel(), group)
             rows, queries, sums, deltas = block
-            part, *parts = attention_backward(rows, queries, k, v, sums.mT, deltas.mT, tokens, keys, None, ctx.scale)
+            part, *parts = attention_backward(rows, queries, k, v, sums.mT, deltas.mT, tokens, keys, ctx.scale)
             dk, dv = dk + parts[0], dv + parts[1]
             dq += _send_home((part,), (dq,), step, shard)[0] if step else part
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

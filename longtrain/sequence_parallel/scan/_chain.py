@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtrain.comm.group import Group, Work
 from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.heads import split_evenly
 from longtrain.sequence_parallel.segments import correct_parts, summarize_parts
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import advance, advance_adjoint, transition_grad
@@ -26,8 +27,7 @@ Block = tuple[slice, slice, slice]
 
 def scan_in_blocks(op: Recurrence, shard: Shard, carry: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] and the carry; states travel in `count` blocks or a few more."""
-    segments = summarize_parts(op, shard)
-    transitions, states = (torch.stack(maps) for maps in zip(*((s.transition, s.state) for s in segments), strict=True))
+    segments, transitions, states = summarize_parts(op, shard)
     carry = states.new_zeros(0) if carry is None else carry
     states_in, carry = _Chain.apply(transitions, states, carry, shard, count)
     return correct_parts(segments, states_in), carry
@@ -94,9 +94,9 @@ def _goes_on(shard: Shard) -> bool:
 def _blocks(states: Tensor, count: int) -> Iterator[Block]:
     """The blocks of states [B H, K, V]: of heads first, and of columns where there are not heads enough."""
     heads, _, columns = states.shape
-    for head in torch.arange(heads).tensor_split(min(count, heads)):
-        for column in torch.arange(columns).tensor_split(min(-(-count // heads), columns)):
-            yield slice(int(head[0]), int(head[-1]) + 1), slice(None), slice(int(column[0]), int(column[-1]) + 1)
+    for some_heads in split_evenly(heads, min(count, heads)):
+        for some_columns in split_evenly(columns, min(-(-count // heads), columns)):
+            yield some_heads, slice(None), some_columns
 
 
 class _Post:

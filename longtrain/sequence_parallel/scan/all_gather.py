@@ -20,8 +20,7 @@ from longtrain_kernels.affine import advance, advance_adjoint, transition_grad
 
 def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] and the state after the chunk, which every rank carries."""
-    segments = summarize_parts(op, shard)
-    transitions, states = (torch.stack(maps) for maps in zip(*((s.transition, s.state) for s in segments), strict=True))
+    segments, transitions, states = summarize_parts(op, shard)
     carry = torch.zeros_like(states[0]) if carry is None else carry
     states_in, state_out = _ExclusiveScan.apply(transitions, states, carry, shard.layout.owners, shard.group)
     return correct_parts(segments, states_in), state_out

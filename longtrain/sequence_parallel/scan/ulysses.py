@@ -4,7 +4,6 @@ Every rank runs the recurrence over all tokens of its share of the heads, and ca
 with the length, unlike states; in return no rank waits for another's state.
 """
 
-import torch
 from torch import Tensor
 
 from longtrain.core.contracts import Recurrence
@@ -16,7 +15,7 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
     """Outputs [B, L, H, V] and the states of this rank's heads after the chunk."""
     shares = HeadShares(shard, *op.num_heads)
     begin, end = shard.layout.chunk(shard.chunk)
-    documents = shard.layout.documents(torch.arange(begin - 1, end, device=shard.device))
+    documents = shard.tokens_between(begin - 1, end).documents
     mine = op.mapped(shares.of_keys, shares.values.to_heads)
     output, state = mine.apply(documents[:, 1:] - documents[:, :1], carry)
     return shares.values.to_tokens(output), state

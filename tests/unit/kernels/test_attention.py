@@ -34,8 +34,8 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("window", [None, 1, 7, 1000])
 def test_attention_is_the_definition(heads: int, kv_heads: int, window: int | None) -> None:
     q, k, v = qkv(heads, kv_heads)
-    got = attention(q, k, v, tokens(0, T), tokens(0, T), window, 0.3)
-    want, _ = attention_reference(q, k, v, tokens(0, T), tokens(0, T), window, 0.3)
+    got = attention(q, k, v, tokens(0, T), tokens(0, T), 0.3, window)
+    want, _ = attention_reference(q, k, v, tokens(0, T), tokens(0, T), 0.3, window)
     torch.testing.assert_close(got, want, **TOLERANCE)
     grad = torch.randn(got.shape, dtype=got.dtype)
     got_grads, want_grads = (torch.autograd.grad(x, (q, k, v), grad) for x in (got, want))
@@ -46,11 +46,11 @@ def test_attention_is_the_definition(heads: int, kv_heads: int, window: int | No
 def test_merged_blocks_are_the_whole(window: int | None) -> None:
     q, k, v = (x.detach() for x in qkv(4, 2))
     queries = tokens(30, 60)
-    want = attention_forward(q[:, 30:60], k, v, queries, tokens(0, T), window, 0.3)
+    want = attention_forward(q[:, 30:60], k, v, queries, tokens(0, T), 0.3, window)
     got = None
     for begin, end in ((60, 90), (0, 30), (30, 60), (60, 60)):  # first a block that nobody sees; an empty one last
         part = attention_forward(
-            q[:, 30:60], k[:, begin:end], v[:, begin:end], queries, tokens(begin, end), window, 0.3
+            q[:, 30:60], k[:, begin:end], v[:, begin:end], queries, tokens(begin, end), 0.3, window
         )
         got = part if got is None else merge(*got, *part)
     torch.testing.assert_close(got, want, **TOLERANCE)
@@ -58,6 +58,6 @@ def test_merged_blocks_are_the_whole(window: int | None) -> None:
 
 def test_a_query_that_sees_nothing_gets_zero() -> None:
     q, k, v = (x.detach() for x in qkv(2, 1))
-    output, lse = attention_forward(q[:, :30], k[:, 60:], v[:, 60:], tokens(0, 30), tokens(60, T), None, 1.0)
+    output, lse = attention_forward(q[:, :30], k[:, 60:], v[:, 60:], tokens(0, 30), tokens(60, T), 1.0)
     assert output.abs().max() == 0
     assert (lse == float("-inf")).all()

@@ -50,6 +50,17 @@ def test_gradients_of_the_final_state_alone(kind: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_a_constant_decay_where_little_cancels() -> None:
+    # elsewhere it is compared with its terms, many times as large as their sum
+    inputs = scan_inputs("constant", (1, 70, 1, 2, 16, 16), torch.float32, KERNEL_DEVICE)
+    documents = torch.zeros(1, 70, dtype=torch.int64, device=KERNEL_DEVICE)
+    got, want = (
+        torch.autograd.grad(op(**inputs).apply(documents, None)[0].square().sum(), inputs["log_decay"])
+        for op in (TRITON, REFERENCE)
+    )
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
+
+
 def test_backward_drops_what_the_scan_kept() -> None:
     inputs = scan_inputs("vector", (1, 9, 1, 1, 16, 16), torch.float32, KERNEL_DEVICE)
     output, _ = TRITON(**inputs).apply(torch.zeros(1, 9, dtype=torch.int64, device=KERNEL_DEVICE), None)
@@ -105,3 +116,14 @@ def test_no_sequences_are_no_error(kind: str) -> None:
     output, state = TRITON(**empty).apply(torch.zeros(0, 8, dtype=torch.int64, device=KERNEL_DEVICE), None)
     assert output.shape == (0, 8, 1, 16)
     assert state.shape == (0, 1, 16, 16)
+
+
+def test_inference_mode_runs() -> None:
+    with torch.inference_mode():
+        inputs = {
+            name: tensor * 1.0 for name, tensor in scan_inputs("scalar", (1, 9, 1, 1, 16, 16), torch.float32).items()
+        }
+        inputs = {name: tensor.to(KERNEL_DEVICE) for name, tensor in inputs.items()}
+        documents = torch.zeros(1, 9, dtype=torch.int64, device=KERNEL_DEVICE)
+        got, want = (op(**inputs).apply(documents, None) for op in (TRITON, REFERENCE))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
