@@ -7,6 +7,7 @@ them, which keeps every rank's collectives in the same order in both passes. A g
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,23 @@ from torch import Tensor
 
 Work = dist.Work
 """Something that has begun; `wait` for it."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Pending(Generic[Result]):
+    """Transfers that have begun, and what they bring."""
+
+    result: Result
+    works: Sequence[Work] = ()
+    sent: Sequence[Tensor] = ()
+    """Kept until the transfers are over."""
+
+    def wait(self) -> Result:
+        """What has come. On a GPU the stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.result
 
 
 def _started(work: dist.Work | None) -> dist.Work:
@@ -82,15 +100,24 @@ class Group:
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
         """Point to point: send tensors to ranks and fill the given tensors from ranks. Empty tensors are not sent."""
+        self.begin(sends, receives, None).wait()
+
+    def begin(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], result: Result
+    ) -> Pending[Result]:
+        """Begin an `exchange`, after which `result` is there. Sent tensors must stay as they are until then.
+
+        Ranks begin and wait for theirs in one order.
+        """
+        sent = [(peer, tensor.contiguous()) for peer, tensor in sends]
         operations = [
             dist.P2POp(operation, tensor, group=self.handle, group_peer=peer)
-            for operation, pairs in ((dist.isend, sends), (dist.irecv, receives))
+            for operation, pairs in ((dist.isend, sent), (dist.irecv, receives))
             for peer, tensor in pairs
             if tensor.numel()
         ]
-        if operations:
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
+        works = dist.batch_isend_irecv(operations) if operations else ()
+        return Pending(result, works, [tensor for _, tensor in sent])
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """Begin to send; `tensor` must stay as it is until the work is waited for."""
@@ -99,8 +126,3 @@ class Group:
     def receive(self, into: Tensor, source: int) -> None:
         """Fill a contiguous tensor from another rank, whose tensors arrive in the order in which it sent them."""
         _started(dist.irecv(into, group=self.handle, group_src=source)).wait()
-
-    def rotate(self, tensors: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """Send `tensors` to the next rank of the ring and fill `received` from the previous one."""
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        self.exchange([(after, t.contiguous()) for t in tensors], [(before, t) for t in received])

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from longtrain.core.kinds import LayoutKind
+from longtrain.core.kinds import BlockAttentionKind, LayoutKind
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,5 @@ class SequenceParallelConfig:
     """Algorithm for softmax layers, a module of `sequence_parallel/attend/`."""
     layout: LayoutKind
     """Which tokens a rank holds; see `core.layout`."""
+    block_attention: BlockAttentionKind
+    """What computes softmax attention on a rank; auto: the fastest of what the machine has."""

@@ -34,7 +34,7 @@ class Shard:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """This rank's tokens of the chunk, with their documents."""
+        """This rank's tokens of the chunk."""
         return self.tokens_of(self.group.rank)
 
     def tokens_of(self, rank: int) -> Tokens:
@@ -42,8 +42,12 @@ class Shard:
         return self._tokens(self.layout.spans(rank, self.chunk))
 
     def tokens_between(self, begin: int, end: int) -> Tokens:
-        """The tokens [begin, end), whoever holds them; those before the sequence have document -1."""
+        """The tokens [begin, end), whoever holds them."""
         return self._tokens([(begin, end)])
+
+    def documents_between(self, begin: int, end: int) -> Tensor:
+        """[B, end - begin] the document of each token of the sequence, from 0; -1 before the sequence."""
+        return self.layout.documents(torch.arange(begin, end, device=self.device))
 
     @cached_property
     def counts(self) -> list[int]:
@@ -60,13 +64,14 @@ class Shard:
     @cached_property
     def positions(self) -> Tensor:
         """[B, L] position of each token in its document."""
-        return self.layout.positions(self.tokens.index)
+        return self.layout.positions(self.index)
 
     @cached_property
     def segment_documents(self) -> list[Tensor]:
         """Of each part [B, len], the document starts in it up to each token: what a `Recurrence` needs."""
         before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
-        return [self.tokens.documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
+        documents = self.layout.documents(self.index)
+        return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
 
     def held_counts(self) -> list[int]:
         """Tokens of this chunk and all earlier ones on every rank."""
@@ -83,12 +88,13 @@ class Shard:
         return [part for part in parts if part[1] > part[0]]
 
     def _tokens(self, spans: list[Span]) -> Tokens:
-        """Found once for all layers."""
-        key = tuple(spans)
-        if key not in self._found:
-            index = span_index(spans, self.device)
-            self._found[key] = Tokens(index=index, documents=self.layout.documents(index))
-        return self._found[key]
+        """The same for all layers, so that they plan once."""
+        return self._found.setdefault(tuple(spans), Tokens(tuple(spans), self.layout.starts))
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[L] this rank's tokens of the chunk."""
+        return span_index(self.spans, self.device)
 
     @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:

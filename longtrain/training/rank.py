@@ -46,6 +46,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
     backend = pick_backend(config.mixer.backend, device, config.engine.precision)
+    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
     registry = Registry(config.plugins)
     with process_group(device):
         mesh = build_mesh(config.sequence_parallel.size)
@@ -119,6 +120,17 @@ def pick_device(choice: str) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def check_block_attention(choice: str, device: torch.device, precision: str) -> None:
+    """Refuses a kernel that cannot compute the model's softmax layers on this rank."""
+    if choice == "cudnn" and device.type != "cuda":
+        raise Refused("sequence_parallel.block_attention=cudnn runs on GPUs, but this rank has none; use auto")
+    if choice == "flash" and device.type == "cuda" and precision != "bfloat16":
+        raise Refused(
+            f"sequence_parallel.block_attention=flash does not compute engine.precision={precision} on GPUs; "
+            "use auto, or bfloat16"
+        )
 
 
 def pick_backend(choice: str, device: torch.device, precision: str) -> Backend:

@@ -10,7 +10,6 @@ from torch import Tensor
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.heads import HeadShares
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -21,7 +20,7 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
         k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
     begin, end = shard.layout.chunk(shard.chunk)
     if q.shape[2]:
-        output = attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end), call.scale)
+        output = call.attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end))
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
     return shares.values.to_tokens(output), (k, v)

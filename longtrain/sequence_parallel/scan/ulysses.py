@@ -15,7 +15,7 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
     """Outputs [B, L, H, V] and the states of this rank's heads after the chunk."""
     shares = HeadShares(shard, *op.num_heads)
     begin, end = shard.layout.chunk(shard.chunk)
-    documents = shard.tokens_between(begin - 1, end).documents
+    documents = shard.documents_between(begin - 1, end)
     mine = op.mapped(shares.of_keys, shares.values.to_heads)
     output, state = mine.apply(documents[:, 1:] - documents[:, :1], carry)
     return shares.values.to_tokens(output), state
