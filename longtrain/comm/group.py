@@ -7,11 +7,16 @@ them, which keeps every rank's collectives in the same order in both passes. A g
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""A collective that takes longer has lost a rank."""
 
 Work = dist.Work
 """Something that has begun; `wait` for it."""
@@ -47,6 +52,36 @@ class Group:
     rank: int
     size: int
     handle: dist.ProcessGroup | None = None
+    node_size: int = 1
+    """Ranks in a row that share a node, as far as is known; a divisor of `size`."""
+
+    def split(self, inner: int) -> "tuple[Group, Group]":
+        """This rank's group of `inner` neighbours, and its group of the ranks with the same place among theirs.
+
+        A collective call, the first time. Raises ValueError where `inner` does not divide the size.
+        """
+        if self.size % inner:
+            raise ValueError(f"{self.size} ranks are not a multiple of {inner}")
+        if inner not in self._splits:
+            first = self.rank - self.rank % inner
+            neighbours, others = range(first, first + inner), range(self.rank % inner, self.size, inner)
+            self._splits[inner] = self._part(neighbours), self._part(others)
+        return self._splits[inner]
+
+    def _part(self, ranks: range) -> "Group":
+        if len(ranks) == self.size:
+            return self
+        handle = None
+        if len(ranks) > 1:
+            members = dist.get_process_group_ranks(self.handle)
+            handle = dist.new_group(
+                [members[rank] for rank in ranks], timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
+            )
+        return Group(ranks.index(self.rank), len(ranks), handle)
+
+    @cached_property
+    def _splits(self) -> "dict[int, tuple[Group, Group]]":
+        return {}
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every rank, in rank order; shapes are equal."""

@@ -3,19 +3,17 @@
 rank = data_rank * sequence_size + sequence_rank
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from longtrain.comm.group import Group
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)
-"""A collective that takes longer has lost a rank."""
+from longtrain.comm.group import COLLECTIVE_TIMEOUT, Group
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,13 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     return Mesh(
         world=Group(rank, size, dist.group.WORLD if size > 1 else None),
         data=_own_group(data, rank, timeout),
-        sequence=_own_group(sequences, rank, timeout),
+        sequence=replace(_own_group(sequences, rank, timeout), node_size=_in_a_node(sequence_size)),
     )
+
+
+def _in_a_node(size: int) -> int:
+    """Of `size` ranks in a row, how many share a node; all, where the launcher does not say."""
+    return math.gcd(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group:

@@ -15,5 +15,4 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V] and the keys and values so far, which are the carry."""
     k, v = call.keys_and_values(carry)
-    keys = shard.held_tokens(shard.group.rank)
-    return call.attention(call.q, k, v, shard.tokens, keys), (k, v)
+    return call.attention(call.q, k, v, shard.tokens, shard.team.held[shard.group.rank]), (k, v)

@@ -1,5 +1,6 @@
 """What an algorithm knows: which tokens this rank holds, who holds the others, and the group to reach them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -35,11 +36,7 @@ class Shard:
     @cached_property
     def tokens(self) -> Tokens:
         """This rank's tokens of the chunk."""
-        return self.tokens_of(self.group.rank)
-
-    def tokens_of(self, rank: int) -> Tokens:
-        """A rank's tokens of the chunk."""
-        return self._tokens(self.layout.spans(rank, self.chunk))
+        return self.team.tokens[self.group.rank]
 
     def tokens_between(self, begin: int, end: int) -> Tokens:
         """The tokens [begin, end), whoever holds them."""
@@ -50,16 +47,18 @@ class Shard:
         return self.layout.documents(torch.arange(begin, end, device=self.device))
 
     @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of the chunk on every rank."""
-        spans = [self.layout.spans(r, self.chunk) for r in range(self.group.size)]
-        return [sum(end - begin for begin, end in of_rank) for of_rank in spans]
+    def team(self) -> "Team":
+        """All ranks that share the sequence."""
+        return self.team_of(self.group, [(rank,) for rank in range(self.group.size)])
 
-    @cached_property
-    def order(self) -> Tensor:
-        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
-        spans = [span for r in range(self.group.size) for span in self.layout.spans(r, self.chunk)]
-        return span_index(spans, self.device).argsort()
+    def team_of(self, group: Group, ranks: Sequence[tuple[int, ...]]) -> "Team":
+        """A group of whose members each stands for the tokens of some ranks; the same for all layers."""
+        key = tuple(ranks)
+        if key not in self._teams:
+            chunk = [sorted(s for r in some for s in self.layout.spans(r, self.chunk)) for some in ranks]
+            held = [sorted(s for r in some for s in self.layout.held(r, self.chunk)) for some in ranks]
+            self._teams[key] = Team(group, self.device, tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held)))
+        return self._teams[key]
 
     @cached_property
     def positions(self) -> Tensor:
@@ -72,15 +71,6 @@ class Shard:
         before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
         documents = self.layout.documents(self.index)
         return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
-
-    def held_counts(self) -> list[int]:
-        """Tokens of this chunk and all earlier ones on every rank."""
-        held = [self.layout.held(r, self.chunk) for r in range(self.group.size)]
-        return [sum(end - begin for begin, end in spans) for spans in held]
-
-    def held_tokens(self, rank: int) -> Tokens:
-        """The tokens of this chunk and all earlier ones that a rank holds."""
-        return self._tokens(self.layout.held(rank, self.chunk))
 
     def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
         """The tokens in [begin, end) that a rank holds of this chunk and earlier ones; no empty spans."""
@@ -99,3 +89,42 @@ class Shard:
     @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:
         return {}
+
+    @cached_property
+    def _teams(self) -> dict[tuple[tuple[int, ...], ...], "Team"]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that work together on a macro-chunk, and the tokens of each."""
+
+    group: Group
+    device: torch.device
+    tokens: tuple[Tokens, ...]
+    """Of this chunk, by rank."""
+    held: tuple[Tokens, ...]
+    """Of this chunk and all earlier ones, by rank."""
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of the chunk on every rank."""
+        return [tokens.count for tokens in self.tokens]
+
+    @cached_property
+    def held_counts(self) -> list[int]:
+        """Tokens of this chunk and all earlier ones on every rank."""
+        return [tokens.count for tokens in self.held]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
+        return self._order(self.tokens)
+
+    @cached_property
+    def held_order(self) -> Tensor:
+        """The same of all that they hold."""
+        return self._order(self.held)
+
+    def _order(self, by_rank: tuple[Tokens, ...]) -> Tensor:
+        return span_index([span for tokens in by_rank for span in tokens.spans], self.device).argsort()

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.core.layout import span_index
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import accumulator_dtype
-from longtrain_kernels.block_attention import BlockAttention, Tokens
+from longtrain_kernels.block_attention import BlockAttention
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
@@ -25,9 +24,10 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, attention: BlockAttention) -> Tensor:
-        keys, order = _all_tokens(shard)
+        _, end = shard.layout.chunk(shard.chunk)
+        keys, order = shard.tokens_between(0, end), shard.team.held_order
         widths = [k.shape[-1], v.shape[-1]]
-        gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.held_counts()), dim=1)
+        gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.team.held_counts), dim=1)
         k_all, v_all = gathered[:, order].split(widths, dim=-1)
         output, lse = attention.forward(q, k_all, v_all, shard.tokens, keys)
         output = output.to(q.dtype)
@@ -44,14 +44,7 @@ class _GatheredAttention(torch.autograd.Function):
         sums = (
             torch.cat([dk, dv], dim=-1)[:, by_rank]
             .to(accumulator_dtype(dk.dtype))
-            .split(ctx.shard.held_counts(), dim=1)
+            .split(ctx.shard.team.held_counts, dim=1)
         )
         dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
         return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None
-
-
-def _all_tokens(shard: Shard) -> tuple[Tokens, Tensor]:
-    """The tokens of all ranks in ascending order, and the places where they are when gathered rank by rank."""
-    spans = [span for r in range(shard.group.size) for span in shard.held_tokens(r).spans]
-    _, end = shard.layout.chunk(shard.chunk)
-    return shard.tokens_between(0, end), span_index(spans, shard.device).argsort()

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import Ring
+from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
-from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.shard import Shard, Team
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
 
@@ -21,23 +21,23 @@ from longtrain_kernels.block_attention import BlockAttention
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return ring_attention(call.q, k, v, Ring.of(shard), call.attention), (k, v)
+    return ring_attention(call.q, k, v, shard.team, call.attention), (k, v)
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, ring: Ring, attention: BlockAttention) -> Tensor:
-    """Of this rank's queries [B, L, H, D] to the keys [B, M, G, D] of all ranks in the ring; [B, L, H, V]."""
-    return _RingAttention.apply(q, k, v, ring, attention)
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+    """Of this rank's queries [B, L, H, D] to the keys [B, M, G, D] of all of the team; [B, L, H, V]."""
+    return _RingAttention.apply(q, k, v, team, attention)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, attention: BlockAttention) -> Tensor:
-        queries, size = ring.queries[ring.group.rank], ring.group.size
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+        queries, size = team.tokens[team.group.rank], team.group.size
         wide = accumulator_dtype(q.dtype)
         block: tuple[Tensor, ...] = (k, v)
         for step in range(size):
-            on_its_way = ring.pass_on(block, ring.keys[ring.at(step + 1)].count) if step + 1 < size else None
-            keys = ring.keys[ring.at(step)]
+            on_its_way = pass_on(team, block, team.held[at_step(team, step + 1)].count) if step + 1 < size else None
+            keys = team.held[at_step(team, step)]
             if step == 0:
                 output, lse = attention.forward(q, *block, queries, keys)
                 output, lse = (output.to(wide), lse) if size > 1 else (output, lse)
@@ -46,25 +46,25 @@ class _RingAttention(torch.autograd.Function):
             block = on_its_way.wait() if on_its_way else ()
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.ring, ctx.attention = ring, attention
+        ctx.team, ctx.attention = team, attention
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
-        ring, attention = ctx.ring, ctx.attention
-        queries, size = ring.queries[ring.group.rank], ring.group.size
+        team, attention = ctx.team, ctx.attention
+        queries, size = team.tokens[team.group.rank], team.group.size
         dq, *own = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
         block: tuple[Tensor, ...] = (k, v)
         sums: Pending[tuple[Tensor, ...]] | None = None
         for step in range(size):
-            following = ring.keys[ring.at(step + 1)]
-            on_its_way = ring.pass_on(block, following.count) if step + 1 < size else None
-            keys = ring.keys[ring.at(step)]
+            following = team.held[at_step(team, step + 1)]
+            on_its_way = pass_on(team, block, following.count) if step + 1 < size else None
+            keys = team.held[at_step(team, step)]
             parts = own if step == 0 else [torch.zeros_like(x, dtype=dq.dtype) for x in block]
             attention.add_gradients((dq, *parts), grad, q, *block, output, lse, queries, keys)
             total = parts if sums is None else [x.add_(part) for x, part in zip(sums.wait(), parts, strict=True)]
-            sums = ring.pass_on(total, following.count) if size > 1 else None
+            sums = pass_on(team, total, following.count) if size > 1 else None
             block = on_its_way.wait() if on_its_way else ()
         dk, dv = sums.wait() if sums is not None else own
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

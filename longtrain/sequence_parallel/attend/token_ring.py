@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import Ring
+from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
-from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.shard import Shard, Team
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention, merge_into
 
@@ -21,60 +21,60 @@ from longtrain_kernels.block_attention import BlockAttention, merge_into
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _TokenRing.apply(call.q, k, v, Ring.of(shard), call.attention), (k, v)
+    return _TokenRing.apply(call.q, k, v, shard.team, call.attention), (k, v)
 
 
 class _TokenRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, attention: BlockAttention) -> Tensor:
-        keys, size = ring.keys[ring.group.rank], ring.group.size
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+        keys, size = team.held[team.group.rank], team.group.size
         wide = accumulator_dtype(q.dtype)
         block: tuple[Tensor, ...] = (q,)
         home: Pending[tuple[Tensor, ...]] | None = None
         for step in range(size):
-            queries = ring.queries[ring.at(step)]
-            on_its_way = ring.pass_on(block, ring.queries[ring.at(step + 1)].count) if step + 1 < size else None
+            queries = team.tokens[at_step(team, step)]
+            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
             part, part_lse = attention.forward(*block, k, v, queries, keys)
             if step == 0:
                 output, lse = part.to(wide), part_lse.mT.contiguous()
             else:
                 if home is not None:
                     merge_into(output, lse, *home.wait())
-                home = _send_home((part.to(wide), part_lse.mT), (output, lse), step, ring)
+                home = _send_home((part.to(wide), part_lse.mT), (output, lse), step, team)
             block = on_its_way.wait() if on_its_way else ()
         if home is not None:
             merge_into(output, lse, *home.wait())
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.ring, ctx.attention = ring, attention
+        ctx.team, ctx.attention = team, attention
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
-        ring, attention = ctx.ring, ctx.attention
-        keys, size = ring.keys[ring.group.rank], ring.group.size
+        team, attention = ctx.team, ctx.attention
+        keys, size = team.held[team.group.rank], team.group.size
         dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
         block: tuple[Tensor, ...] = (grad, q, output, lse)
         home: Pending[tuple[Tensor, ...]] | None = None
         for step in range(size):
-            queries = ring.queries[ring.at(step)]
-            on_its_way = ring.pass_on(block, ring.queries[ring.at(step + 1)].count) if step + 1 < size else None
+            queries = team.tokens[at_step(team, step)]
+            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
             rows, their_q, their_output, their_lse = block
             part = dq if step == 0 else torch.zeros_like(their_q, dtype=dq.dtype)
             attention.add_gradients((part, dk, dv), rows, their_q, k, v, their_output, their_lse.mT, queries, keys)
             if step > 0:
                 if home is not None:
                     dq += home.wait()[0]
-                home = _send_home((part,), (dq,), step, ring)
+                home = _send_home((part,), (dq,), step, team)
             block = on_its_way.wait() if on_its_way else ()
         if home is not None:
             dq += home.wait()[0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, ring: Ring) -> Pending[tuple[Tensor, ...]]:
+def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, team: Team) -> Pending[tuple[Tensor, ...]]:
     """Begin to send parts to the rank `step` before this one; this rank's come from the rank `step` behind it."""
     received = tuple(torch.empty_like(x) for x in like)
-    owner, helper = ring.at(step), ring.at(-step)
-    return ring.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)
+    owner, helper = at_step(team, step), at_step(team, -step)
+    return team.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)

@@ -14,7 +14,7 @@ from longtrain.sequence_parallel.shard import Shard
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; a rank carries keys and values of its heads."""
-    shares = HeadShares(shard, call.k.shape[2], call.q.shape[2])
+    shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
     q, k, v = shares.values.to_heads(call.q), shares.of_keys(call.k), shares.of_keys(call.v)
     if carry is not None:
         k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)

@@ -13,7 +13,7 @@ from longtrain.sequence_parallel.shard import Shard
 
 def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] and the states of this rank's heads after the chunk."""
-    shares = HeadShares(shard, *op.num_heads)
+    shares = HeadShares(shard.team, *op.num_heads)
     begin, end = shard.layout.chunk(shard.chunk)
     documents = shard.documents_between(begin - 1, end)
     mine = op.mapped(shares.of_keys, shares.values.to_heads)
