@@ -88,9 +88,9 @@ class Group:
         if self.size == 1:
             return [tensor]
         tensor = tensor.contiguous()
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor, group=self.handle)
-        return gathered
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather_into_tensor(gathered, tensor, group=self.handle)
+        return list(gathered)
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Like `all_gather` for tensors that differ in dim 1: rank r brings [B, counts[r], ...]."""
