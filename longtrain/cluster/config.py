@@ -83,7 +83,7 @@ def check_job(config: JobConfig, registry: Registry) -> None:
     _check_block_attention(config)
     for verb in ("scan", "attend"):
         algorithm, known = getattr(config.sequence_parallel, verb), registry.names(f"sequence_parallel.{verb}")
-        if algorithm not in known:
+        if algorithm not in (*known, "auto"):
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )

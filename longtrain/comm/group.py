@@ -87,10 +87,9 @@ class Group:
         """The tensor of every rank, in rank order; shapes are equal."""
         if self.size == 1:
             return [tensor]
-        tensor = tensor.contiguous()
-        gathered = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(gathered, tensor, group=self.handle)
-        return list(gathered)
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_into_tensor(gathered, tensor.flatten(), group=self.handle)
+        return list(gathered.view(self.size, *tensor.shape))
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Like `all_gather` for tensors that differ in dim 1: rank r brings [B, counts[r], ...]."""

@@ -13,6 +13,7 @@ from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
+from longtrain.model.automatic import Batch, name_algorithms
 from longtrain.model.build import build_model, sequence_maker
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
@@ -57,6 +58,15 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
+            sequence_parallel, choices = name_algorithms(
+                config.sequence_parallel,
+                model,
+                Batch(config.batch_size // mesh.data.size, config.context_length),
+                mesh.sequence,
+                device,
+                engine.autocast(device),
+                registry,
+            )
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)
@@ -74,6 +84,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                         unigram_entropy=corpus.unigram_entropy,
                         run_directory=str(directory),
                         backend=backend.value,
+                        choices=choices,
                     )
                 )
             objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
@@ -87,7 +98,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 reader=BatchReader(
                     corpus, config.context_length, config.batch_size, config.sequence_parallel.layout, mesh, device
                 ),
-                make_sequence=sequence_maker(config.sequence_parallel, backend, mesh.sequence, device, registry),
+                make_sequence=sequence_maker(sequence_parallel, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,

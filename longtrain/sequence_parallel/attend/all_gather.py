@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
@@ -48,3 +49,10 @@ class _GatheredAttention(torch.autograd.Function):
         )
         dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
         return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: nothing overlaps."""
+    received = (machine.ranks - 1) * shape.key_value_numbers
+    transfers = machine.links.gather.seconds(received * shape.itemsize) + machine.links.gather.seconds(received * WIDE)
+    return (1 + BACKWARD) * shape.slowest_seconds(machine) + transfers

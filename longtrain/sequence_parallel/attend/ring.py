@@ -13,6 +13,7 @@ from torch import Tensor
 from longtrain.comm.group import Pending
 from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
@@ -68,3 +69,15 @@ class _RingAttention(torch.autograd.Function):
             block = on_its_way.wait() if on_its_way else ()
         dk, dv = sums.wait() if sums is not None else own
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: P - 1 transfers run beside blocks; backward, the last one brings gradients home."""
+    own = shape.pair_seconds(shape.tokens**2 / 2, machine)
+    block = own if machine.zigzag else 2 * own
+    keys = machine.links.send.seconds(shape.key_value_numbers * shape.itemsize)
+    sums = machine.links.send.seconds(shape.key_value_numbers * WIDE)
+    steps = machine.ranks - 1
+    forward = own + steps * max(block, keys)
+    backward = BACKWARD * own + steps * max(BACKWARD * block, keys + sums) + (sums if steps else 0.0)
+    return forward + backward

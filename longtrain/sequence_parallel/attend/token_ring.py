@@ -13,6 +13,7 @@ from torch import Tensor
 from longtrain.comm.group import Pending
 from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention, merge_into
@@ -78,3 +79,17 @@ def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, team:
     received = tuple(torch.empty_like(x) for x in like)
     owner, helper = at_step(team, step), at_step(team, -step)
     return team.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: queries and results travel in opposite directions, the last results alone."""
+    own = shape.pair_seconds(shape.tokens**2 / 2, machine)
+    block = own if machine.zigzag else 2 * own
+    send, steps = machine.links.send, machine.ranks - 1
+    results = send.seconds(shape.output_numbers * WIDE)
+    queries = send.seconds(shape.query_numbers * shape.itemsize)
+    forward = own + steps * max(block, queries, results) + (results if steps else 0.0)
+    rows = send.seconds((shape.query_numbers + 2 * shape.output_numbers) * shape.itemsize)
+    grads = send.seconds(shape.query_numbers * WIDE)
+    backward = BACKWARD * own + steps * max(BACKWARD * block, rows, grads) + (grads if steps else 0.0)
+    return forward + backward

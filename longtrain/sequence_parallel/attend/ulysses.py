@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, AttendShape, Machine
 from longtrain.sequence_parallel.heads import HeadShares
 from longtrain.sequence_parallel.shard import Shard
 
@@ -24,3 +25,18 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
     return shares.values.to_tokens(output), (k, v)
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: balanced up to the heads, and nothing overlaps."""
+    busiest = -(-shape.heads // machine.ranks) * machine.ranks / shape.heads
+    return busiest * (1 + BACKWARD) * shape.balanced_seconds(machine) + exchange_seconds(shape, machine)
+
+
+def exchange_seconds(shape: AttendShape, machine: Machine) -> float:
+    """Queries, keys and values there and the output back, and the same for their gradients."""
+    copies = max(1.0, machine.ranks / shape.key_heads)  # of key heads that several ranks get
+    numbers = shape.query_numbers + shape.output_numbers + copies * shape.key_value_numbers
+    away = (machine.ranks - 1) / machine.ranks
+    exchange = machine.links.exchange
+    return 2 * (3 * exchange.latency + exchange.seconds(numbers * shape.itemsize * away))

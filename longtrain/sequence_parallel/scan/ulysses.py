@@ -7,6 +7,7 @@ with the length, unlike states; in return no rank waits for another's state.
 from torch import Tensor
 
 from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.cost import Machine, ScanShape
 from longtrain.sequence_parallel.heads import HeadShares
 from longtrain.sequence_parallel.shard import Shard
 
@@ -19,3 +20,11 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
     mine = op.mapped(shares.of_keys, shares.values.to_heads)
     output, state = mine.apply(documents[:, 1:] - documents[:, :1], carry)
     return shares.values.to_tokens(output), state
+
+
+def seconds(shape: ScanShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: inputs there, outputs back, and their gradients; ranks without a head idle."""
+    busiest = -(-shape.heads // machine.ranks) * machine.ranks / shape.heads
+    away = (machine.ranks - 1) / machine.ranks
+    one_way = machine.links.exchange.seconds(busiest * away * shape.batch * shape.tokens * shape.row_bytes)
+    return 2 * (one_way + 4 * machine.links.exchange.latency)
