@@ -129,7 +129,10 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.handle)
+            whole = tensor.contiguous()  # NCCL takes nothing else
+            dist.all_reduce(whole, group=self.handle)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
