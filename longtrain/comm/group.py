@@ -18,6 +18,10 @@ from torch import Tensor
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """A collective that takes longer has lost a rank."""
 
+# Newer releases of PyTorch call them by other names, and warn of these.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Work = dist.Work
 """Something that has begun; `wait` for it."""
 Result = TypeVar("Result")
@@ -88,7 +92,7 @@ class Group:
         if self.size == 1:
             return [tensor]
         gathered = tensor.new_empty(self.size * tensor.numel())
-        dist.all_gather_into_tensor(gathered, tensor.flatten(), group=self.handle)
+        _all_gather(gathered, tensor.flatten(), group=self.handle)
         return list(gathered.view(self.size, *tensor.shape))
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -110,7 +114,7 @@ class Group:
             row[:, : part.shape[1]] = part
         if padded.is_cuda:
             mine = torch.empty_like(padded[0])
-            dist.reduce_scatter_tensor(mine, padded, group=self.handle)
+            _reduce_scatter(mine, padded, group=self.handle)
         else:  # gloo has no reduce-scatter
             dist.all_reduce(padded, group=self.handle)
             mine = padded[self.rank]

@@ -46,8 +46,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
-    backend = pick_backend(config.mixer.backend, device, config.engine.precision)
-    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
+    backend = _pick_kernels(config, device)
     registry = Registry(config.plugins)
     with process_group(device):
         mesh = build_mesh(config.sequence_parallel.size)
@@ -58,14 +57,10 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
-            sequence_parallel, choices = name_algorithms(
-                config.sequence_parallel,
-                model,
-                Batch(config.batch_size // mesh.data.size, config.context_length),
-                mesh.sequence,
-                device,
-                engine.autocast(device),
-                registry,
+            batch = Batch(config.batch_size // mesh.data.size, config.context_length)
+            autocast = engine.autocast(device)
+            algorithms, choices = name_algorithms(
+                config.sequence_parallel, model, batch, mesh.sequence, device, autocast, registry
             )
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
             records = RunRecords(directory) if mesh.is_writer else None
@@ -98,7 +93,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 reader=BatchReader(
                     corpus, config.context_length, config.batch_size, config.sequence_parallel.layout, mesh, device
                 ),
-                make_sequence=sequence_maker(sequence_parallel, backend, mesh.sequence, device, registry),
+                make_sequence=sequence_maker(algorithms, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
@@ -108,6 +103,12 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
             end: Progressed = loop.run(start.step, start.tokens)
     listener.phase("done", end.step)
     return Outcome(step=end.step, tokens=end.tokens, preempted=end.step < config.steps)
+
+
+def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
+    """Of the mixers. Refuses what cannot run here."""
+    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
+    return pick_backend(config.mixer.backend, device, config.engine.precision)
 
 
 def run_directory(config: TrainingConfig) -> Path:
