@@ -77,34 +77,31 @@ class BlockAttention:
         calls = self._calls(q, k, v, queries, keys)
         if calls.whole is not None and calls.whole.keys == slice(0, k.shape[1]):
             return calls.kernel.backward(grad, q, k, v, output, lse, calls.mask(calls.whole), self.scale)
-        dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
-        self.add_gradients((dq, dk, dv), grad, q, k, v, output, lse, queries, keys)
+        sums = dq, dk, dv = tuple(torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
+        self.gradients(grad, q, k, v, output, lse, queries, keys).add_to(*sums)
         return dq, dk, dv
 
-    def add_gradients(
-        self, sums: tuple[Tensor, Tensor, Tensor], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor,
-        lse: Tensor, queries: Tokens, keys: Tokens,
-    ) -> None:  # fmt: skip
-        """`backward`, added in place to dq, dk and dv in float32 or wider."""
+    def gradients(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, queries: Tokens, keys: Tokens
+    ) -> "Gradients":
+        """`backward`, to be added to sums that need not be there yet."""
         calls = self._calls(q, k, v, queries, keys)
-        dq, dk, dv = sums
+        found = Gradients()
         if calls.packed is not None:
             packed = calls.packed
             parts = calls.kernel.backward_squares(
                 packed.of_queries(grad), packed.of_queries(q), packed.of_keys(k), packed.of_keys(v),
                 packed.of_queries(output), packed.of_queries(lse.mT).mT, packed.squares, self.window, self.scale,
             )  # fmt: skip
-            packed.add_to_queries(parts[0], dq)
-            packed.add_to_keys(parts[1], dk)
-            packed.add_to_keys(parts[2], dv)
+            found.append((packed.rows, packed.queries), (packed.rows, packed.keys), parts)
         for block in calls.single:
             own, seen = (block.rows, block.queries), (block.rows, block.keys)
             parts = calls.kernel.backward(
                 grad[own], q[own], k[seen], v[seen], output[own], lse[block.rows, :, block.queries], calls.mask(block),
                 self.scale,
             )  # fmt: skip
-            for total, where, part in zip(sums, (own, seen, seen), parts, strict=True):
-                total[where] += part
+            found.append(own, seen, parts)
+        return found
 
     def _merge(
         self, calls: "_Calls", result: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, fresh: bool
@@ -130,6 +127,24 @@ class BlockAttention:
         recurring = all(len(row) == 1 for row in queries.starts)
         kernel = choose_kernel(self.kernel, q, k, v, self.window, recurring)
         return _Calls(plan, kernel, self.window, q)
+
+
+class Gradients:
+    """Of some blocks, in the types in which kernels return them."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]] = []
+
+    def append(self, queries: Any, keys: Any, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        """dq, dk and dv at these places of a batch; no place occurs twice in them."""
+        self._parts.append((queries, keys, parts))
+
+    def add_to(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+        """In place, to sums in float32 or wider; all that is here is then let go."""
+        while self._parts:
+            queries, keys, parts = self._parts.pop()
+            for total, where, part in zip((dq, dk, dv), (queries, keys, keys), parts, strict=True):
+                total[where] += part
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ class Cudnn(Kernel):
             return Plain().backward(grad, q, k, v, output, lse, mask, scale)
         none = q.new_zeros((), dtype=torch.int64)  # there is no dropout
         grads = _aten._scaled_dot_product_cudnn_attention_backward(
-            *(x.transpose(1, 2) for x in (grad.to(q.dtype), q, k, v, output.to(q.dtype))), lse.unsqueeze(-1),
+            *(x.transpose(1, 2) for x in (grad.to(q.dtype), q, k, v, output.to(q.dtype))),
+            lse.contiguous().unsqueeze(-1),  # in any other order it is read wrongly
             none, none, None, None, None, q.shape[1], k.shape[1], 0.0, mask.causal, scale=scale,
         )  # fmt: skip
         dq, dk, dv = (x.transpose(1, 2) for x in grads)

@@ -41,11 +41,3 @@ class Packed:
     def of_keys(self, x: Tensor) -> Tensor:
         """[B, M, ...] -> [n, ...]."""
         return x[self.rows, self.keys]
-
-    def add_to_queries(self, part: Tensor, to: Tensor) -> None:
-        """Add [n, ...] at their places in [B, L, ...]."""
-        to[self.rows, self.queries] += part
-
-    def add_to_keys(self, part: Tensor, to: Tensor) -> None:
-        """Add [n, ...] at their places in [B, M, ...]; the squares share no keys."""
-        to[self.rows, self.keys] += part

@@ -88,6 +88,8 @@ class Table:
 
     def projection(self, rows: Sequence[dict[str, Any]], heads: int, width: int, blocks: int) -> None:
         """A scan's forward exchange on more ranks."""
+        if not rows:
+            return
         self._console.print(
             f"\nprojected ms of one scan's forward exchange, {heads} heads of {width}, pipeline in {blocks} blocks; "
             "nothing hides it, one link for each rank:"

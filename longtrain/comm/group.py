@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,22 @@ Work = dist.Work
 Result = TypeVar("Result")
 
 
+def options(backend: str, timeout: timedelta) -> Any:
+    """Under which a transfer gets a GPU's multiprocessors before the kernels that compute, and so runs beside them."""
+    if backend != "nccl":
+        return None
+    chosen = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    chosen._timeout = timeout
+    return chosen
+
+
+def new_group(ranks: list[int], timeout: timedelta, alone: bool = False) -> dist.ProcessGroup | None:
+    """A collective call of all ranks of the job, or `alone` of these."""
+    return dist.new_group(
+        ranks, timeout, pg_options=options(dist.get_backend(), timeout), use_local_synchronization=alone
+    )
+
+
 @dataclass(frozen=True)
 class Pending(Generic[Result]):
     """Transfers that have begun, and what they bring."""
@@ -41,12 +57,6 @@ class Pending(Generic[Result]):
         for work in self.works:
             work.wait()
         return self.result
-
-
-def _started(work: dist.Work | None) -> dist.Work:
-    """torch answers None to a rank that is not in the group."""
-    assert work is not None
-    return work
 
 
 @dataclass(frozen=True)
@@ -78,9 +88,7 @@ class Group:
         handle = None
         if len(ranks) > 1:
             members = dist.get_process_group_ranks(self.handle)
-            handle = dist.new_group(
-                [members[rank] for rank in ranks], timeout=COLLECTIVE_TIMEOUT, use_local_synchronization=True
-            )
+            handle = new_group([members[rank] for rank in ranks], COLLECTIVE_TIMEOUT, alone=True)
         return Group(ranks.index(self.rank), len(ranks), handle)
 
     @cached_property
@@ -159,11 +167,3 @@ class Group:
         ]
         works = dist.batch_isend_irecv(operations) if operations else ()
         return Pending(result, works, [tensor for _, tensor in sent])
-
-    def send(self, tensor: Tensor, to: int) -> Work:
-        """Begin to send; `tensor` must stay as it is until the work is waited for."""
-        return _started(dist.isend(tensor, group=self.handle, group_dst=to))
-
-    def receive(self, into: Tensor, source: int) -> None:
-        """Fill a contiguous tensor from another rank, whose tensors arrive in the order in which it sent them."""
-        _started(dist.irecv(into, group=self.handle, group_src=source)).wait()

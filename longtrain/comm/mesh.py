@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from longtrain.comm.group import COLLECTIVE_TIMEOUT, Group
+from longtrain.comm.group import COLLECTIVE_TIMEOUT, Group, new_group, options
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group
         if len(members) == 1:
             handle = dist.group.WORLD if len(ranks) > 1 else None
         else:
-            handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
+            handle = new_group(ranks, timeout) if len(ranks) > 1 else None
         if rank in ranks:
             own = Group(ranks.index(rank), len(ranks), handle)
     assert own is not None
@@ -86,7 +86,11 @@ def process_group(device: torch.device, timeout: timedelta = COLLECTIVE_TIMEOUT)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
-        backend, init_method="env://", timeout=timeout, device_id=device if device.type == "cuda" else None
+        backend,
+        init_method="env://",
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+        pg_options=options(backend, timeout),
     )
     yield
     # Not after an error: peers may still wait in a collective, and leaving waits for them; the process ends instead.

@@ -39,7 +39,12 @@ def errors(operation: BlockAttention, leaves: list[Tensor], queries: Tokens, key
     output = operation(*leaves, queries, keys)
     got = (output, *torch.autograd.grad(output, leaves, grad.to(output.dtype)))
     true = (want, *torch.autograd.grad(want, exact, grad.to(output.dtype).double()))
-    _, lse = operation.forward(*(x.detach() for x in leaves), queries, keys)
+    half, lse = operation.forward(*(x.detach() for x in leaves), queries, keys)
+    # as TokenRing hands it over: in another order of memory
+    moved = operation.backward(grad.to(half.dtype), *leaves, half, lse.mT.contiguous().mT, queries, keys)
+    torch.testing.assert_close(
+        moved, tuple(g.to(m.dtype) for g, m in zip(got[1:], moved, strict=True)), rtol=0, atol=0.1
+    )
     seen = want_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen)
     pairs = [*zip(got, true, strict=True), (lse[seen], want_lse[seen])]

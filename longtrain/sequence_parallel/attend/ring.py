@@ -62,9 +62,9 @@ class _RingAttention(torch.autograd.Function):
             following = team.held[at_step(team, step + 1)]
             on_its_way = pass_on(team, block, following.count) if step + 1 < size else None
             keys = team.held[at_step(team, step)]
-            parts = own if step == 0 else [torch.zeros_like(x, dtype=dq.dtype) for x in block]
-            attention.add_gradients((dq, *parts), grad, q, *block, output, lse, queries, keys)
-            total = parts if sums is None else [x.add_(part) for x, part in zip(sums.wait(), parts, strict=True)]
+            found = attention.gradients(grad, q, *block, output, lse, queries, keys)
+            total = tuple(own) if sums is None else sums.wait()
+            found.add_to(dq, *total)
             sums = pass_on(team, total, following.count) if size > 1 else None
             block = on_its_way.wait() if on_its_way else ()
         dk, dv = sums.wait() if sums is not None else own

@@ -63,7 +63,8 @@ class _TokenRing(torch.autograd.Function):
             on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
             rows, their_q, their_output, their_lse = block
             part = dq if step == 0 else torch.zeros_like(their_q, dtype=dq.dtype)
-            attention.add_gradients((part, dk, dv), rows, their_q, k, v, their_output, their_lse.mT, queries, keys)
+            found = attention.gradients(rows, their_q, k, v, their_output, their_lse.mT, queries, keys)
+            found.add_to(part, dk, dv)
             if step > 0:
                 if home is not None:
                     dq += home.wait()[0]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.comm.group import Group, Work
+from longtrain.comm.group import Group, Pending
 from longtrain.core.contracts import Recurrence
 from longtrain.sequence_parallel.cost import WIDE, Machine, ScanShape
 from longtrain.sequence_parallel.heads import split_evenly
@@ -106,26 +106,25 @@ class _Post:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._own: list[Tensor] = []
-        self._sent: list[tuple[Work, Tensor]] = []
+        self._sent: list[Pending[None]] = []
 
     def send(self, tensor: Tensor, to: int) -> None:
         if to == self._group.rank:
             self._own.append(tensor)
         else:
-            tensor = tensor.contiguous()
-            self._sent.append((self._group.send(tensor, to), tensor))
+            self._sent.append(self._group.begin([(to, tensor)], [], None))
 
     def receive(self, like: Tensor, source: int) -> Tensor:
         if source == self._group.rank:
             return self._own.pop(0)
         received = torch.empty_like(like, memory_format=torch.contiguous_format)
-        self._group.receive(received, source)
+        self._group.exchange([], [(source, received)])
         return received
 
     def wait(self) -> None:
         """Until everything sent has arrived."""
-        for work, _ in self._sent:
-            work.wait()
+        for sending in self._sent:
+            sending.wait()
 
 
 def chain_seconds(shape: ScanShape, machine: Machine, count: int) -> float:
