@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from longtrain.comm.group import Group
+from longtrain.comm.journal import Journal, list_ranks
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """A collective that takes longer has lost a rank."""
+_WORLD = "the world"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Mesh:
     """Ranks that hold the same part of different sequences."""
     sequence: Group
     """Ranks that share a sequence."""
+    journal: Journal
+    """What this process has exchanged in all its groups."""
 
     @property
     def is_writer(self) -> bool:
@@ -48,14 +52,17 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     num_data = size // sequence_size
     sequences = [[d * sequence_size + s for s in range(sequence_size)] for d in range(num_data)]
     data = [list(column) for column in zip(*sequences, strict=True)]
+    journal = Journal()
+    journal.add_group(_WORLD)
     return Mesh(
-        world=Group(rank, size, dist.group.WORLD if size > 1 else None),
-        data=_own_group(data, rank, timeout),
-        sequence=_own_group(sequences, rank, timeout),
+        world=Group(rank, size, dist.group.WORLD if size > 1 else None, _WORLD, range(size), journal),
+        data=_own_group("data", data, rank, timeout, journal),
+        sequence=_own_group("sequence", sequences, rank, timeout, journal),
+        journal=journal,
     )
 
 
-def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group:
+def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelta, journal: Journal) -> Group:
     """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's.
 
     An axis over all ranks is the world's own group: every group costs threads, and with NCCL memory.
@@ -67,8 +74,9 @@ def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group
         else:
             handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
-            own = Group(ranks.index(rank), len(ranks), handle)
+            own = Group(ranks.index(rank), len(ranks), handle, f"{axis} {list_ranks(ranks)}", tuple(ranks), journal)
     assert own is not None
+    journal.add_group(own.name)
     return own
 
 
