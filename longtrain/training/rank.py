@@ -3,12 +3,13 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from longtrain.checkpoint.store import CheckpointStore
-from longtrain.comm.mesh import build_mesh, process_group
+from longtrain.comm.mesh import COLLECTIVE_TIMEOUT, build_mesh, process_group
 from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import open_corpus
@@ -38,17 +39,20 @@ class Outcome:
     """Whether it was asked to stop before the last step; a checkpoint of `step` is committed."""
 
 
-def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
+def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Outcome:
     """Train, or go on training, as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Raises Refused for what the user can mend, CorruptCheckpoint and CorruptData where stored bytes are wrong.
+    Raises Refused for what the user can mend, CorruptCheckpoint and CorruptData where stored bytes are wrong, and
+    ExchangeFailed where another rank is gone, or `timeout` late in an exchange.
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
     backend = pick_backend(config.mixer.backend, device, config.engine.precision)
-    registry = Registry(config.plugins)
-    with process_group(device):
-        mesh = build_mesh(config.sequence_parallel.size)
+    registry, cut = Registry(config.plugins), config.sequence_parallel
+    listener.phase("join", 0)
+    with process_group(device, timeout):
+        mesh = build_mesh(cut.size, timeout)
+        listener.watch(mesh.journal)
         directory = run_directory(config)
         directory.mkdir(parents=True, exist_ok=True)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
@@ -56,7 +60,7 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
-            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)
             start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
@@ -83,10 +87,8 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                 model=model,
                 objective=objective.Objective(config.objective),
                 engine=engine,
-                reader=BatchReader(
-                    corpus, config.context_length, config.batch_size, config.sequence_parallel.layout, mesh, device
-                ),
-                make_sequence=sequence_maker(config.sequence_parallel, backend, mesh.sequence, device, registry),
+                reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
+                make_sequence=sequence_maker(cut, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
