@@ -1,15 +1,12 @@
 """Softmax attention of a block of queries to a block of keys, with the log-sum-exp that lets blocks be merged.
 
 A query sees a key of its own document that is not later than itself and, with a window, less than `window` tokens
-before it. Tokens are named by their index in the whole sequence: a block may be any set of them, in ascending order.
+before it. Tokens are named by their place in the whole sequence: a block may be any of its spans, in ascending order.
 """
 
-from longtrain_kernels.block_attention.tiled import (
-    Tokens,
-    attention,
-    attention_backward,
-    attention_forward,
-    merge,
-)
+from longtrain_kernels.block_attention.attention import BlockAttention
+from longtrain_kernels.block_attention.blocks import Span, Tokens
+from longtrain_kernels.block_attention.choice import AUTO, NAMES
+from longtrain_kernels.block_attention.merging import merge_into
 
-__all__ = ["Tokens", "attention", "attention_backward", "attention_forward", "merge"]
+__all__ = ["AUTO", "NAMES", "BlockAttention", "Span", "Tokens", "merge_into"]

@@ -83,9 +83,10 @@ def check_job(config: JobConfig, registry: Registry) -> None:
         if name not in config.mixer.options:
             raise Refused(f"{pattern}: mixer.{name} is missing{did_you_mean(name, sorted(config.mixer.options))}")
     _check_backend(config)
+    _check_block_attention(config)
     for verb in ("scan", "attend"):
         algorithm, known = getattr(config.sequence_parallel, verb), registry.names(f"sequence_parallel.{verb}")
-        if algorithm not in known:
+        if algorithm not in (*known, "auto"):
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )
@@ -100,6 +101,22 @@ def _check_backend(config: JobConfig) -> None:
             raise Refused(f"mixer.backend=triton runs on GPUs, but {key}={value}; use mixer.backend=auto, or a GPU")
     if config.engine.precision == "float64":
         raise Refused("mixer.backend=triton does not compute engine.precision=float64; use mixer.backend=chunked")
+
+
+def _check_block_attention(config: JobConfig) -> None:
+    """cuDNN's attention is for GPUs and halves; what a rank's device is with `auto`, the rank itself finds out."""
+    if config.sequence_parallel.block_attention != "cudnn":
+        return
+    for key, value in (("engine.device", config.engine.device), ("cluster.resources.GPU", _gpus(config))):
+        if value in ("cpu", 0):
+            raise Refused(
+                f"sequence_parallel.block_attention=cudnn runs on GPUs, but {key}={value}; use auto, or a GPU"
+            )
+    if config.engine.precision != "bfloat16":
+        raise Refused(
+            f"sequence_parallel.block_attention=cudnn does not compute engine.precision={config.engine.precision}; "
+            "use auto, or bfloat16"
+        )
 
 
 def _gpus(config: JobConfig) -> float | None:

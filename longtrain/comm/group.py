@@ -6,14 +6,23 @@ them, which keeps every rank's collectives in the same order in both passes. A g
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import cached_property
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longtrain.comm.journal import Journal
+from longtrain.comm.journal import Journal, list_ranks
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=5)
+"""A collective that takes longer has lost a rank."""
+
+Result = TypeVar("Result")
+Surround = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -21,13 +30,32 @@ class Work:
     """Something that has begun; `wait` for it."""
 
     handle: dist.Work
-    inside: Callable[[], AbstractContextManager[None]]
+    inside: Surround
     """Surrounds the wait."""
 
     def wait(self) -> None:
         """Return when it is done."""
         with self.inside():
             self.handle.wait()
+
+
+@dataclass(frozen=True)
+class Pending(Generic[Result]):
+    """Transfers that have begun, and what they bring."""
+
+    result: Result
+    works: Sequence[dist.Work] = ()
+    sent: Sequence[Tensor] = ()
+    """Kept until the transfers are over."""
+    inside: Surround = nullcontext
+    """Surrounds the wait."""
+
+    def wait(self) -> Result:
+        """What has come. On a GPU the stream waits, not the host."""
+        with self.inside():
+            for work in self.works:
+                work.wait()
+        return self.result
 
 
 def _started(work: dist.Work | None) -> dist.Work:
@@ -46,21 +74,55 @@ class Group:
     rank: int
     size: int
     handle: dist.ProcessGroup | None = None
+    node_size: int = 1
+    """Ranks in a row that share a node, as far as is known; a divisor of `size`."""
     name: str = "the group"
     members: Sequence[int] = ()
     """Ranks of the job, in the order of the group; empty where they are the same as in the group."""
     journal: Journal = field(default_factory=Journal, compare=False)
     """Of this process; all its groups write into one."""
+    timeout: timedelta = COLLECTIVE_TIMEOUT
+    """Of groups that are split off."""
+
+    def split(self, inner: int) -> "tuple[Group, Group]":
+        """This rank's group of `inner` neighbours, and its group of the ranks with the same place among theirs.
+
+        A collective call, the first time. Raises ValueError where `inner` does not divide the size.
+        """
+        if self.size % inner:
+            raise ValueError(f"{self.size} ranks are not a multiple of {inner}")
+        if inner not in self._splits:
+            first = self.rank - self.rank % inner
+            neighbours, others = range(first, first + inner), range(self.rank % inner, self.size, inner)
+            self._splits[inner] = self._part(neighbours), self._part(others)
+        return self._splits[inner]
+
+    def _part(self, ranks: range) -> "Group":
+        if len(ranks) == self.size:
+            return self
+        handle = None
+        if len(ranks) > 1:
+            members = dist.get_process_group_ranks(self.handle)
+            handle = dist.new_group(
+                [members[rank] for rank in ranks], timeout=self.timeout, use_local_synchronization=True
+            )
+        job_ranks = self._job_ranks(ranks)
+        name = f"{list_ranks(job_ranks)} of {self.name}"
+        self.journal.add_group(name)
+        return Group(ranks.index(self.rank), len(ranks), handle, 1, name, job_ranks, self.journal, self.timeout)
+
+    @cached_property
+    def _splits(self) -> "dict[int, tuple[Group, Group]]":
+        return {}
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every rank, in rank order; shapes are equal."""
         if self.size == 1:
             return [tensor]
-        tensor = tensor.contiguous()
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        gathered = tensor.new_empty(self.size * tensor.numel())
         with self._inside("all_gather"):
-            dist.all_gather(gathered, tensor, group=self.handle)
-        return gathered
+            dist.all_gather_into_tensor(gathered, tensor.flatten(), group=self.handle)
+        return list(gathered.view(self.size, *tensor.shape))
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
         """Like `all_gather` for tensors that differ in dim 1: rank r brings [B, counts[r], ...]."""
@@ -102,22 +164,37 @@ class Group:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument."""
         if self.size > 1:
+            whole = tensor.contiguous()  # NCCL takes nothing else
             with self._inside("all_reduce"):
-                dist.all_reduce(tensor, group=self.handle)
+                dist.all_reduce(whole, group=self.handle)
+            if whole is not tensor:
+                tensor.copy_(whole)
         return tensor
 
     def exchange(self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]]) -> None:
         """Point to point: send tensors to ranks and fill the given tensors from ranks. Empty tensors are not sent."""
+        self.begin(sends, receives, None).wait()
+
+    def begin(
+        self, sends: Sequence[tuple[int, Tensor]], receives: Sequence[tuple[int, Tensor]], result: Result
+    ) -> Pending[Result]:
+        """Begin an `exchange`, after which `result` is there. Sent tensors must stay as they are until then.
+
+        Ranks begin and wait for theirs in one order.
+        """
+        sent = [(peer, tensor.contiguous()) for peer, tensor in sends]
         operations = [
             dist.P2POp(operation, tensor, group=self.handle, group_peer=peer)
-            for operation, pairs in ((dist.isend, sends), (dist.irecv, receives))
+            for operation, pairs in ((dist.isend, sent), (dist.irecv, receives))
             for peer, tensor in pairs
             if tensor.numel()
         ]
-        if operations:
-            with self._inside("exchange", sorted({peer for peer, tensor in (*sends, *receives) if tensor.numel()})):
-                for work in dist.batch_isend_irecv(operations):
-                    work.wait()
+        if not operations:
+            return Pending(result)
+        peers = sorted({peer for peer, tensor in (*sends, *receives) if tensor.numel()})
+        with self._inside("exchange", peers):
+            works = dist.batch_isend_irecv(operations)
+        return Pending(result, works, [tensor for _, tensor in sent], lambda: self._inside("exchange", peers))
 
     def send(self, tensor: Tensor, to: int) -> Work:
         """Begin to send; `tensor` must stay as it is until the work is waited for."""
@@ -130,12 +207,9 @@ class Group:
         with self._inside("receive", [source]):
             _started(dist.irecv(into, group=self.handle, group_src=source)).wait()
 
-    def rotate(self, tensors: Sequence[Tensor], received: Sequence[Tensor]) -> None:
-        """Send `tensors` to the next rank of the ring and fill `received` from the previous one."""
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        self.exchange([(after, t.contiguous()) for t in tensors], [(before, t) for t in received])
-
     def _inside(self, operation: str, peers: Iterable[int] | None = None) -> AbstractContextManager[None]:
         """Surrounds an exchange in the journal: a collective, or with `peers` (indices in the group) a transfer."""
-        ranks = None if peers is None else [self.members[peer] if self.members else peer for peer in peers]
-        return self.journal.inside(operation, self.name, ranks)
+        return self.journal.inside(operation, self.name, None if peers is None else self._job_ranks(peers))
+
+    def _job_ranks(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self.members[rank] if self.members else rank for rank in ranks)

@@ -3,20 +3,19 @@
 rank = data_rank * sequence_size + sequence_rank
 """
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from longtrain.comm.group import Group
+from longtrain.comm.group import COLLECTIVE_TIMEOUT, Group
 from longtrain.comm.journal import Journal, list_ranks
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=5)
-"""A collective that takes longer has lost a rank."""
 _WORLD = "the world"
 
 
@@ -54,12 +53,19 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     data = [list(column) for column in zip(*sequences, strict=True)]
     journal = Journal()
     journal.add_group(_WORLD)
+    handle = dist.group.WORLD if size > 1 else None
+    sequence = _own_group("sequence", sequences, rank, timeout, journal)
     return Mesh(
-        world=Group(rank, size, dist.group.WORLD if size > 1 else None, _WORLD, range(size), journal),
+        world=Group(rank, size, handle, 1, _WORLD, range(size), journal, timeout),
         data=_own_group("data", data, rank, timeout, journal),
-        sequence=_own_group("sequence", sequences, rank, timeout, journal),
+        sequence=replace(sequence, node_size=_in_a_node(sequence_size)),
         journal=journal,
     )
+
+
+def _in_a_node(size: int) -> int:
+    """Of `size` ranks in a row, how many share a node; all, where the launcher does not say."""
+    return math.gcd(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelta, journal: Journal) -> Group:
@@ -74,7 +80,8 @@ def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelt
         else:
             handle = dist.new_group(ranks, timeout=timeout) if len(ranks) > 1 else None
         if rank in ranks:
-            own = Group(ranks.index(rank), len(ranks), handle, f"{axis} {list_ranks(ranks)}", tuple(ranks), journal)
+            name = f"{axis} {list_ranks(ranks)}"
+            own = Group(ranks.index(rank), len(ranks), handle, 1, name, tuple(ranks), journal, timeout)
     assert own is not None
     journal.add_group(own.name)
     return own

@@ -4,3 +4,6 @@ from typing import Literal
 
 LayoutKind = Literal["contiguous", "zigzag"]
 """How a sequence is cut over ranks; see `core.layout`."""
+
+BlockAttentionKind = Literal["auto", "cudnn", "flash", "plain"]
+"""The kernel of softmax layers; see `longtrain_kernels.block_attention`."""

@@ -1,6 +1,7 @@
 """Builds a model and the sequence handles for it: the only place where a mixer meets an algorithm."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def sequence_maker(
     algorithms = Algorithms(
         scan=registry.load("sequence_parallel.scan", config.scan, ("scan",)).scan,
         attend=registry.load("sequence_parallel.attend", config.attend, ("attend",)).attend,
+        block_attention=config.block_attention,
     )
     if group.size == 1:
-        algorithms = Algorithms(scan=local.scan, attend=local.attend)
+        algorithms = replace(algorithms, scan=local.scan, attend=local.attend)
     return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms, backend=backend)

@@ -5,18 +5,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtrain_kernels.block_attention import BlockAttention
+
 KeyValue = tuple[Tensor, Tensor]
 """Keys [B, M, G, K] and values [B, M, G, V] that this rank holds: the carry of softmax layers."""
 
 
 @dataclass(frozen=True)
 class AttendCall:
-    """Causal attention to all tokens of a document; shapes as in `core.contracts.Sequence.attend`."""
+    """Causal attention to tokens of the same document; shapes as in `core.contracts.Sequence.attend`."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    scale: float
+    attention: BlockAttention
+    """What computes it, block by block; algorithms other than that for windows have none in it."""
 
     def keys_and_values(self, carry: KeyValue | None) -> KeyValue:
         """This rank's keys and values of earlier chunks and of this one."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from longtrain.core.kinds import LayoutKind
+from longtrain.core.kinds import BlockAttentionKind, LayoutKind
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,10 @@ class SequenceParallelConfig:
     size: Annotated[int, Field(ge=1)]
     """Ranks that share one sequence (the sequence-parallel degree)."""
     scan: str
-    """Algorithm for recurrent layers, a module of `sequence_parallel/scan/`."""
+    """Algorithm for recurrent layers, a module of `sequence_parallel/scan/`, or auto (see `choice`)."""
     attend: str
-    """Algorithm for softmax layers, a module of `sequence_parallel/attend/`."""
+    """Algorithm for softmax layers, a module of `sequence_parallel/attend/`, or auto."""
     layout: LayoutKind
     """Which tokens a rank holds; see `core.layout`."""
+    block_attention: BlockAttentionKind
+    """What computes softmax attention on a rank; auto: the fastest of what the machine has."""

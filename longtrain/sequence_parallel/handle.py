@@ -14,6 +14,7 @@ from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
+from longtrain_kernels.block_attention import AUTO, BlockAttention
 
 Output = TypeVar("Output")
 
@@ -24,6 +25,8 @@ class Algorithms:
 
     scan: Callable[[Recurrence, Shard, Any], tuple[Tensor, Any]]
     attend: Callable[[AttendCall, Shard, Any], tuple[Tensor, Any]]
+    block_attention: str = AUTO
+    """The kernel of softmax layers; see `longtrain_kernels.block_attention`."""
 
 
 @dataclass
@@ -56,11 +59,11 @@ class ShardedSequence:
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
     ) -> Tensor:
         """See `core.contracts.Sequence.attend`."""
-        call = AttendCall(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention))
+        algorithm = self.algorithms.attend if window is None else attend_window
         with self._exact():
-            if window is not None:
-                return self._keep(*attend_window(call, window, self.shard, self._carry()))
-            return self._keep(*self.algorithms.attend(call, self.shard, self._carry()))
+            return self._keep(*algorithm(call, self.shard, self._carry()))
 
     def halo(self, x: Tensor, width: int) -> list[Stretch]:
         """See `core.contracts.Sequence.halo`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.shard import Team
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -26,9 +26,9 @@ def split_evenly(count: int, parts: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class HeadExchange:
-    """The exchange of one macro-chunk; `heads[r]` are the heads that rank r gets, of `total`."""
+    """Of one macro-chunk; `heads[r]` are the heads that rank r gets, of `total`."""
 
-    shard: Shard
+    team: Team
     heads: list[slice]
     total: int
 
@@ -42,20 +42,20 @@ class HeadExchange:
 
     def gather(self, x: Tensor) -> Tensor:
         """`to_heads` without gradients."""
-        group, mine = self.shard.group, self.heads[self.shard.group.rank]
-        shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.shard.counts]
+        group, mine = self.team.group, self.heads[self.team.group.rank]
+        shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.team.counts]
         parts = group.all_to_all([x[:, :, heads] for heads in self.heads], shapes)
-        return torch.cat(parts, dim=1)[:, self.shard.order]
+        return torch.cat(parts, dim=1)[:, self.team.order]
 
     def scatter(self, x: Tensor) -> Tensor:
         """Its transpose: what several ranks have of a head is summed."""
-        group = self.shard.group
+        group = self.team.group
         by_rank = torch.empty_like(x)
-        by_rank[:, self.shard.order] = x
-        length = self.shard.counts[group.rank]
+        by_rank[:, self.team.order] = x
+        length = self.team.counts[group.rank]
         shapes = [(x.shape[0], length, heads.stop - heads.start, *x.shape[3:]) for heads in self.heads]
         result = x.new_zeros(x.shape[0], length, self.total, *x.shape[3:])
-        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.shard.counts, 1), shapes), strict=True):
+        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.team.counts, 1), shapes), strict=True):
             result[:, :, heads] += part
         return result
 
@@ -64,20 +64,25 @@ class HeadExchange:
 class HeadShares:
     """Which heads each rank gets: value (or query) heads as evenly as they go, and the key heads that they read."""
 
-    shard: Shard
+    team: Team
     key_heads: int
     value_heads: int
 
     @cached_property
     def values(self) -> HeadExchange:
         """The exchange of value heads."""
-        return HeadExchange(self.shard, split_evenly(self.value_heads, self.shard.group.size), self.value_heads)
+        return HeadExchange(self.team, split_evenly(self.value_heads, self.team.group.size), self.value_heads)
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """[B, L, G, ...] -> [B, T, this rank's value heads, ...]: to each value head its key head's."""
-        mine = self.values.heads[self.shard.group.rank]
-        reads = torch.arange(mine.start, mine.stop, device=x.device) // self._per_key
-        return self._keys.to_heads(x)[:, :, reads - self._keys.heads[self.shard.group.rank].start]
+        """[B, L, G, ...] -> [B, T, g, ...], key heads of this rank's value heads: h of them read a key head in a row.
+
+        Each comes once where all serve equally many, h / g, and otherwise as often as it is read.
+        """
+        mine, keys = (exchange.heads[self.team.group.rank] for exchange in (self.values, self._keys))
+        gathered, reads = self._keys.to_heads(x), [head // self._per_key for head in range(mine.start, mine.stop)]
+        if len({reads.count(head) for head in range(keys.start, keys.stop)}) <= 1:
+            return gathered
+        return gathered[:, :, torch.tensor(reads, device=x.device) - keys.start]
 
     @property
     def _per_key(self) -> int:
@@ -88,7 +93,7 @@ class HeadShares:
         shares = [slice(v.start // self._per_key, -(-v.stop // self._per_key)) for v in self.values.heads]
         empty = slice(0, 0)
         heads = [k if v.stop > v.start else empty for k, v in zip(shares, self.values.heads, strict=True)]
-        return HeadExchange(self.shard, heads, self.key_heads)
+        return HeadExchange(self.team, heads, self.key_heads)
 
 
 class _Linear(torch.autograd.Function):

@@ -5,7 +5,6 @@ from torch import Tensor
 from longtrain.core.contracts import Recurrence
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention
 
 
 def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -16,5 +15,4 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V] and the keys and values so far, which are the carry."""
     k, v = call.keys_and_values(carry)
-    keys = shard.held_tokens(shard.group.rank)
-    return attention(call.q, k, v, shard.tokens, keys, call.scale), (k, v)
+    return call.attention(call.q, k, v, shard.tokens, shard.team.held[shard.group.rank]), (k, v)

@@ -1,5 +1,6 @@
 """What an algorithm knows: which tokens this rank holds, who holds the others, and the group to reach them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -34,48 +35,42 @@ class Shard:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """This rank's tokens of the chunk, with their documents."""
-        return self.tokens_of(self.group.rank)
-
-    def tokens_of(self, rank: int) -> Tokens:
-        """A rank's tokens of the chunk."""
-        return self._tokens(self.layout.spans(rank, self.chunk))
+        """This rank's tokens of the chunk."""
+        return self.team.tokens[self.group.rank]
 
     def tokens_between(self, begin: int, end: int) -> Tokens:
-        """The tokens [begin, end), whoever holds them; those before the sequence have document -1."""
+        """The tokens [begin, end), whoever holds them."""
         return self._tokens([(begin, end)])
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Tokens of the chunk on every rank."""
-        spans = [self.layout.spans(r, self.chunk) for r in range(self.group.size)]
-        return [sum(end - begin for begin, end in of_rank) for of_rank in spans]
+    def documents_between(self, begin: int, end: int) -> Tensor:
+        """[B, end - begin] the document of each token of the sequence, from 0; -1 before the sequence."""
+        return self.layout.documents(torch.arange(begin, end, device=self.device))
 
     @cached_property
-    def order(self) -> Tensor:
-        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
-        spans = [span for r in range(self.group.size) for span in self.layout.spans(r, self.chunk)]
-        return span_index(spans, self.device).argsort()
+    def team(self) -> "Team":
+        """All ranks that share the sequence."""
+        return self.team_of(self.group, [(rank,) for rank in range(self.group.size)])
+
+    def team_of(self, group: Group, ranks: Sequence[tuple[int, ...]]) -> "Team":
+        """A group of whose members each stands for the tokens of some ranks; the same for all layers."""
+        key = tuple(ranks)
+        if key not in self._teams:
+            chunk = [sorted(s for r in some for s in self.layout.spans(r, self.chunk)) for some in ranks]
+            held = [sorted(s for r in some for s in self.layout.held(r, self.chunk)) for some in ranks]
+            self._teams[key] = Team(group, self.device, tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held)))
+        return self._teams[key]
 
     @cached_property
     def positions(self) -> Tensor:
         """[B, L] position of each token in its document."""
-        return self.layout.positions(self.tokens.index)
+        return self.layout.positions(self.index)
 
     @cached_property
     def segment_documents(self) -> list[Tensor]:
         """Of each part [B, len], the document starts in it up to each token: what a `Recurrence` needs."""
         before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
-        return [self.tokens.documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
-
-    def held_counts(self) -> list[int]:
-        """Tokens of this chunk and all earlier ones on every rank."""
-        held = [self.layout.held(r, self.chunk) for r in range(self.group.size)]
-        return [sum(end - begin for begin, end in spans) for spans in held]
-
-    def held_tokens(self, rank: int) -> Tokens:
-        """The tokens of this chunk and all earlier ones that a rank holds."""
-        return self._tokens(self.layout.held(rank, self.chunk))
+        documents = self.layout.documents(self.index)
+        return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
 
     def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
         """The tokens in [begin, end) that a rank holds of this chunk and earlier ones; no empty spans."""
@@ -83,13 +78,53 @@ class Shard:
         return [part for part in parts if part[1] > part[0]]
 
     def _tokens(self, spans: list[Span]) -> Tokens:
-        """Found once for all layers."""
-        key = tuple(spans)
-        if key not in self._found:
-            index = span_index(spans, self.device)
-            self._found[key] = Tokens(index=index, documents=self.layout.documents(index))
-        return self._found[key]
+        """The same for all layers, so that they plan once."""
+        return self._found.setdefault(tuple(spans), Tokens(tuple(spans), self.layout.starts))
+
+    @cached_property
+    def index(self) -> Tensor:
+        """[L] this rank's tokens of the chunk."""
+        return span_index(self.spans, self.device)
 
     @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:
         return {}
+
+    @cached_property
+    def _teams(self) -> dict[tuple[tuple[int, ...], ...], "Team"]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that work together on a macro-chunk, and the tokens of each."""
+
+    group: Group
+    device: torch.device
+    tokens: tuple[Tokens, ...]
+    """Of this chunk, by rank."""
+    held: tuple[Tokens, ...]
+    """Of this chunk and all earlier ones, by rank."""
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Tokens of the chunk on every rank."""
+        return [tokens.count for tokens in self.tokens]
+
+    @cached_property
+    def held_counts(self) -> list[int]:
+        """Tokens of this chunk and all earlier ones on every rank."""
+        return [tokens.count for tokens in self.held]
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
+        return self._order(self.tokens)
+
+    @cached_property
+    def held_order(self) -> Tensor:
+        """The same of all that they hold."""
+        return self._order(self.held)
+
+    def _order(self, by_rank: tuple[Tokens, ...]) -> Tensor:
+        return span_index([span for tokens in by_rank for span in tokens.spans], self.device).argsort()

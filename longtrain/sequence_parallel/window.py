@@ -9,18 +9,18 @@ from torch import Tensor
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention
 
 
-def attend(call: AttendCall, window: int, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
+def attend(call: AttendCall, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Tensor]:
     """Outputs [B, L, H, V] of queries that see themselves and the `window - 1` tokens before them."""
-    width = min(window - 1, shard.layout.length)
+    assert call.attention.window is not None
+    width = min(call.attention.window - 1, shard.layout.length)
     sizes = [call.k.flatten(2).shape[-1], call.v.flatten(2).shape[-1]]
     stretches, carry = halo(torch.cat([call.k.flatten(2), call.v.flatten(2)], dim=-1), width, shard, carry)
     outputs = []
     for (part, rows), (begin, end) in zip(stretches, shard.spans, strict=True):
         k, v = (x.unflatten(2, like.shape[2:]) for x, like in zip(rows.split(sizes, -1), (call.k, call.v), strict=True))
-        # Rows before the sequence are of no query's document.
+        # Nobody sees the rows before the sequence.
         queries, keys = shard.tokens_between(begin, end), shard.tokens_between(begin - width, end)
-        outputs.append(attention(call.q[:, part], k, v, queries, keys, call.scale, window))
+        outputs.append(call.attention(call.q[:, part], k, v, queries, keys))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), carry

@@ -23,6 +23,8 @@ class Started:
     run_directory: str
     backend: str
     """What runs the recurrent operations of the mixers: `reference`, `chunked` or `triton`."""
+    choices: tuple[str, ...] = ()
+    """Settings that `auto` chose, and why: a line each."""
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Progress:
             f"sequence parallel over {event.sequence_parallel_size}, {event.backend} mixers, "
             f"run directory {event.run_directory}"
         )
+        for choice in event.choices:
+            self._print(choice)
         origin = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
         self._print(f"{origin}: step {event.step} of {event.total_steps} is done")
         if self._console.is_terminal and self._live is None:

@@ -9,20 +9,22 @@ from pathlib import Path
 import torch
 
 from longtrain.checkpoint.store import CheckpointStore
-from longtrain.comm.mesh import COLLECTIVE_TIMEOUT, build_mesh, process_group
+from longtrain.comm.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh, process_group
 from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
+from longtrain.model.automatic import Batch, name_algorithms
 from longtrain.model.build import build_model, sequence_maker
+from longtrain.model.model import Model
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
 from longtrain.telemetry.records import RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
-from longtrain.training.loop import Loop, Progressed
-from longtrain.training.resume import identity, resume
+from longtrain.training.loop import Loop
+from longtrain.training.resume import Start, identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
@@ -48,37 +50,29 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
     backend = pick_backend(config.mixer.backend, device, config.engine.precision)
-    registry, cut = Registry(config.plugins), config.sequence_parallel
+    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
+    registry = Registry(config.plugins)
     listener.phase("join", 0)
     with process_group(device, timeout):
-        mesh = build_mesh(cut.size, timeout)
+        mesh = build_mesh(config.sequence_parallel.size, timeout)
         listener.watch(mesh.journal)
-        directory = run_directory(config)
-        directory.mkdir(parents=True, exist_ok=True)
+        directory = make_run_directory(config)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
             corpus = open_corpus(config.data, registry, config.seed)
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
+            cut, batch = config.sequence_parallel, Batch(config.batch_size // mesh.data.size, config.context_length)
+            sequence_parallel, choices = name_algorithms(
+                cut, model, batch, mesh.sequence, device, engine.autocast(device), registry
+            )
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)
             start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
             if mesh.is_writer:
-                listener.event(
-                    Started(
-                        step=start.step,
-                        total_steps=config.steps,
-                        context_length=config.context_length,
-                        world_size=mesh.world.size,
-                        sequence_parallel_size=mesh.sequence.size,
-                        parameters=sum(p.numel() for p in model.parameters()),
-                        resumed_from=start.path,
-                        unigram_entropy=corpus.unigram_entropy,
-                        run_directory=str(directory),
-                        backend=backend.value,
-                    )
-                )
+                told = (corpus.unigram_entropy, str(directory), backend.value, choices)
+                listener.event(_started(config, mesh, model, start, *told))
             objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
             loop = Loop(
                 config=config,
@@ -88,23 +82,50 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 objective=objective.Objective(config.objective),
                 engine=engine,
                 reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
-                make_sequence=sequence_maker(cut, backend, mesh.sequence, device, registry),
+                make_sequence=sequence_maker(sequence_parallel, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
                 identity=identity(config, corpus),
                 attempt=start.attempt,
             )
-            end: Progressed = loop.run(start.step, start.tokens)
+            end = loop.run(start.step, start.tokens)
     listener.phase("done", end.step)
     return Outcome(step=end.step, tokens=end.tokens, preempted=end.step < config.steps)
 
 
-def run_directory(config: TrainingConfig) -> Path:
-    """`<run.dir>/<run.name>`. Raises Refused where the name has not been filled in."""
+def _started(
+    config: TrainingConfig,
+    mesh: Mesh,
+    model: Model,
+    start: Start,
+    unigram_entropy: float,
+    directory: str,
+    backend: str,
+    choices: tuple[str, ...],
+) -> Started:
+    return Started(
+        step=start.step,
+        total_steps=config.steps,
+        context_length=config.context_length,
+        world_size=mesh.world.size,
+        sequence_parallel_size=mesh.sequence.size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        resumed_from=start.path,
+        unigram_entropy=unigram_entropy,
+        run_directory=directory,
+        backend=backend,
+        choices=choices,
+    )
+
+
+def make_run_directory(config: TrainingConfig) -> Path:
+    """`<run.dir>/<run.name>`, made where it is missing. Raises Refused where the name has not been filled in."""
     if config.run.name is None:
         raise Refused("run.name is not set; give the run a name")
-    return config.run.dir / config.run.name
+    directory = config.run.dir / config.run.name
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def pick_device(choice: str) -> torch.device:
@@ -121,6 +142,17 @@ def pick_device(choice: str) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def check_block_attention(choice: str, device: torch.device, precision: str) -> None:
+    """Refuses a kernel that cannot compute the model's softmax layers on this rank."""
+    if choice == "cudnn" and device.type != "cuda":
+        raise Refused("sequence_parallel.block_attention=cudnn runs on GPUs, but this rank has none; use auto")
+    if choice == "flash" and device.type == "cuda" and precision != "bfloat16":
+        raise Refused(
+            f"sequence_parallel.block_attention=flash does not compute engine.precision={precision} on GPUs; "
+            "use auto, or bfloat16"
+        )
 
 
 def pick_backend(choice: str, device: torch.device, precision: str) -> Backend:

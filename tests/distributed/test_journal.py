@@ -46,9 +46,8 @@ def test_all_ranks_begin_the_same_number_of_collectives(
 
 def waits(use: str) -> str | None:
     """Rank 1 does not come; what rank 0 raises."""
-    group = Group(
-        dist.get_rank(), 2, dist.new_group([0, 1], timeout=timedelta(seconds=1)), "sequence ranks 6 and 7", (6, 7)
-    )
+    handle = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+    group = Group(dist.get_rank(), 2, handle, name="sequence ranks 6 and 7", members=(6, 7))
     if group.rank == 1:
         time.sleep(2.5)
         return None

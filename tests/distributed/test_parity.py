@@ -74,8 +74,8 @@ def run_in_chunks(
     for chunk in range(layout.num_chunks):
         shard = Shard(layout, group, torch.device(device), chunk)
         handle = ShardedSequence(shard, chosen, carries)
-        outputs.append(forward(shard.tokens.index, handle))
-        index.append(shard.tokens.index)
+        outputs.append(forward(shard.index, handle))
+        index.append(shard.index)
         carries = handle.carries_out
     return torch.cat(outputs, dim=1), torch.cat(index)
 
@@ -214,7 +214,7 @@ def op_error(length: int, packed: bool, scan: str, kind: LayoutKind) -> float:
 
     def run(group: Group, chosen: Algorithms) -> tuple[Tensor, list[Tensor], Tensor]:
         shard = Shard(SequenceLayout(length, group.size, starts, kind=kind), group, torch.device("cpu"))
-        index = shard.tokens.index
+        index = shard.index
         leaves = [t[:, index].clone().requires_grad_() for t in whole]
         op: Recurrence = DiagonalScan(*leaves)
         output = ShardedSequence(shard, chosen).scan(op)
@@ -245,7 +245,7 @@ def isolation(scan: str, attend: str, kind: LayoutKind) -> bool:
     model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry())
     layout = SequenceLayout(length, mesh.sequence.size, ((0, second),), kind=kind)
     shard = Shard(layout, mesh.sequence, torch.device("cpu"))
-    index = shard.tokens.index
+    index = shard.index
     torch.manual_seed(0)
     x, other = torch.randn(1, length, 12), torch.randn(1, length, 12)
     other[:, second:] = x[:, second:]

@@ -1,15 +1,38 @@
 """The same parity and the same losses with NCCL, on as many GPUs as there are (two at least): `pytest -m gpu`."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-from longtrain.comm.mesh import process_group
+from longtrain.comm.group import Group
+from longtrain.comm.mesh import build_mesh, process_group
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.layout import SequenceLayout
+from longtrain.core.registry import Registry
+from longtrain.model.build import build_model
+from longtrain.model.config import ModelConfig
+from longtrain.model.model import Model
+from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
+from longtrain.sequence_parallel.shard import Shard
 from longtrain.training.rank import pick_device
-from tests.distributed.test_parity import ATTENDS, HYBRID, LAYOUTS, SCANS, TOLERANCE, Case, model_error
+from tests.distributed.test_parity import (
+    ATTENDS,
+    HYBRID,
+    LAYOUTS,
+    LOCAL,
+    SCANS,
+    TOLERANCE,
+    Case,
+    algorithms,
+    model_error,
+)
+from tests.harness.documents import awkward_starts
+from tests.harness.mixers import WIDE
 from tests.harness.ranks import RankPool, run_ranks
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 
@@ -35,6 +58,85 @@ def test_ranks_equal_one_rank_in_float64() -> None:
     for errors in run_ranks(errors_on_gpu, torch.cuda.device_count(), timeout=240, process_group=False):
         wrong = {case: error for case, error in errors.items() if not error < TOLERANCE}
         assert not wrong
+
+
+@dataclass(frozen=True)
+class HalfCase:
+    """A layer whose sequence is cut."""
+
+    mixer: str
+    scan: str
+    attend: str
+    layout: LayoutKind
+    packed: bool
+
+
+HALF_LENGTH = 1501
+# A cut rounds elsewhere, not more often: errors of one GPU and of several scatter around each other.
+HALF_FACTOR, HALF_FLOOR = 1.5, 1e-3
+
+
+def half_cases() -> list[HalfCase]:
+    cases = []
+    for layout in LAYOUTS:
+        for packed in (False, True):
+            cases += [HalfCase("softmax", "all_gather", attend, layout, packed) for attend in ATTENDS]
+            for mixer in WIDE.keys() - {"softmax"}:
+                scans = ["all_gather"] if mixer == "sliding_window" else SCANS
+                cases += [HalfCase(mixer, scan, "ring", layout, packed) for scan in scans]
+    return sorted(cases, key=str)
+
+
+def half_excess() -> dict[str, str]:
+    """Cases in which a tensor's error against float64 exceeds one GPU's own: this rank's outputs, and all gradients."""
+    device = pick_device("cuda")
+    wrong = {}
+    with process_group(device, timedelta(minutes=2)):
+        group = build_mesh(dist.get_world_size()).sequence
+        for case in half_cases():
+            starts = awkward_starts(HALF_LENGTH, (400, 751)) if case.packed else ((0,), (0,))
+            alone, cut = (SequenceLayout(HALF_LENGTH, n, starts, kind=case.layout) for n in (1, group.size))
+            model, tokens, cotangent = half_model(case.mixer, device)
+            index = Shard(cut, group, device).index
+            exact = run_layer(model.double(), tokens, cotangent.double(), alone, Group(0, 1), LOCAL, False)
+            model.float()
+            one = run_layer(model, tokens, cotangent, alone, Group(0, 1), LOCAL, True)
+            several = run_layer(model, tokens, cotangent, cut, group, algorithms(case.scan, case.attend), True)
+            several[1:] = [group.all_reduce(grad) for grad in several[1:]]
+            exact[0], one[0] = exact[0][:, index], one[0][:, index]
+            pairs = [(error(a, x), error(b, x)) for a, b, x in zip(several, one, exact, strict=True)]
+            found = [(i, a, b) for i, (a, b) in enumerate(pairs) if not a <= HALF_FACTOR * b + HALF_FLOOR]
+            if found:
+                wrong[str(case)] = str(found[:4])
+    return wrong
+
+
+def half_model(mixer: str, device: torch.device) -> tuple[Model, Tensor, Tensor]:
+    config = ModelConfig(192, 1, (mixer,), 256, False, 1e-6, 0.07)
+    model = build_model(config, WIDE, 31, seed=3, registry=Registry()).to(device)
+    torch.manual_seed(5)
+    return model, torch.randint(31, (2, HALF_LENGTH)).to(device), torch.randn(2, HALF_LENGTH, 192).to(device)
+
+
+def run_layer(
+    model: Model, tokens: Tensor, cotangent: Tensor, layout: SequenceLayout, group: Group, chosen: Algorithms,
+    half: bool,
+) -> list[Tensor]:  # fmt: skip
+    """Outputs of this rank's tokens and all gradients."""
+    shard = Shard(layout, group, tokens.device)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=half):
+        output = model(tokens[:, shard.index], ShardedSequence(shard, chosen))
+    loss = (output * cotangent[:, shard.index]).sum()
+    return [output.detach(), *torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / (want.norm() + 1e-30)).item()
+
+
+def test_halves_on_several_gpus_are_as_exact_as_on_one() -> None:
+    for rank, wrong in enumerate(run_ranks(half_excess, torch.cuda.device_count(), timeout=280, process_group=False)):
+        assert not wrong, f"rank {rank}: {wrong}"
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])

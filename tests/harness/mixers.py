@@ -37,3 +37,19 @@ RECURRENT: dict[str, Any] = {
     "kda": kda.Config(**_CONVOLVED, num_value_heads=4, allow_negative_eigenvalues=False),
 }
 MIXERS = ATTENTION | RECURRENT
+
+_WIDE = {"num_heads": 3, "key_dim": 64, "value_dim": 64}
+_WIDE_CONVOLVED = _WIDE | {"conv_width": 4}
+WIDE: dict[str, Any] = {
+    "softmax": softmax.Config(num_heads=6, num_key_value_heads=2, head_dim=64, rope_theta=1e4),
+    "sliding_window": sliding_window.Config(
+        num_heads=6, num_key_value_heads=2, head_dim=64, rope_theta=1e4, window=100
+    ),
+    "retention": retention.Config(**_WIDE, rope_theta=1e4),
+    "gla": gla.Config(**_WIDE, gate_rank=16),
+    "simple_gla": simple_gla.Config(**_WIDE_CONVOLVED),
+    "delta_net": delta_net.Config(**_WIDE_CONVOLVED, allow_negative_eigenvalues=True),
+    "gated_delta": gated_delta.Config(**_WIDE_CONVOLVED, num_value_heads=6, allow_negative_eigenvalues=False),
+    "kda": kda.Config(**_WIDE_CONVOLVED, num_value_heads=None, allow_negative_eigenvalues=False),
+}
+"""Sizes that GPU kernels compute: one mixer of every scan, and both of attention."""

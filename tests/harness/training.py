@@ -55,7 +55,9 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
                 ),
             },
         ),
-        sequence_parallel=SequenceParallelConfig(size=1, scan="all_gather", attend="ring", layout="contiguous"),
+        sequence_parallel=SequenceParallelConfig(
+            size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="auto"
+        ),
         objective=next_token.Config(name="next_token"),
         data=data,
         optimizer=OptimizerConfig("adamw", 1e-2, 0.1, 2, (0.9, 0.95), 1e-8, 0.1, 1.0),

@@ -10,43 +10,49 @@ import torch
 from torch import Tensor
 
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import Tokens, attention_backward, attention_forward
+from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.block_attention import BlockAttention
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _GatheredAttention.apply(call.q, k, v, shard, call.scale), (k, v)
+    return _GatheredAttention.apply(call.q, k, v, shard, call.attention), (k, v)
 
 
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
-        keys, order = _all_tokens(shard)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, attention: BlockAttention) -> Tensor:
+        _, end = shard.layout.chunk(shard.chunk)
+        keys, order = shard.tokens_between(0, end), shard.team.held_order
         widths = [k.shape[-1], v.shape[-1]]
-        gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.held_counts()), dim=1)
+        gathered = torch.cat(shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.team.held_counts), dim=1)
         k_all, v_all = gathered[:, order].split(widths, dim=-1)
-        output, lse = attention_forward(q, k_all, v_all, shard.tokens, keys, scale)
+        output, lse = attention.forward(q, k_all, v_all, shard.tokens, keys)
+        output = output.to(q.dtype)
         ctx.save_for_backward(q, k_all, v_all, output, lse, order)
-        ctx.shard, ctx.keys, ctx.scale = shard, keys, scale
-        return output.to(q.dtype)
+        ctx.shard, ctx.keys, ctx.attention = shard, keys, attention
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k_all, v_all, output, lse, order = ctx.saved_tensors
-        delta = (grad.to(output.dtype) * output).sum(-1).mT
-        dq, dk, dv = attention_backward(grad, q, k_all, v_all, lse, delta, ctx.shard.tokens, ctx.keys, ctx.scale)
+        dq, dk, dv = ctx.attention.backward(grad, q, k_all, v_all, output, lse, ctx.shard.tokens, ctx.keys)
         by_rank = torch.empty_like(order)
         by_rank[order] = torch.arange(len(order), device=order.device)
-        sums = torch.cat([dk, dv], dim=-1)[:, by_rank].split(ctx.shard.held_counts(), dim=1)
+        sums = (
+            torch.cat([dk, dv], dim=-1)[:, by_rank]
+            .to(accumulator_dtype(dk.dtype))
+            .split(ctx.shard.team.held_counts, dim=1)
+        )
         dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
         return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None
 
 
-def _all_tokens(shard: Shard) -> tuple[Tokens, Tensor]:
-    """The tokens of all ranks in ascending order, and the places where they are when gathered rank by rank."""
-    tokens = [shard.held_tokens(r) for r in range(shard.group.size)]
-    index = torch.cat([t.index for t in tokens])
-    order = index.argsort()
-    return Tokens(index[order], torch.cat([t.documents for t in tokens], dim=1)[:, order]), order
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: nothing overlaps."""
+    received = (machine.ranks - 1) * shape.key_value_numbers
+    transfers = machine.links.gather.seconds(received * shape.itemsize) + machine.links.gather.seconds(received * WIDE)
+    return (1 + BACKWARD) * shape.slowest_seconds(machine) + transfers

@@ -1,8 +1,8 @@
 """Ring attention (Liu, Zaharia & Abbeel 2023): keys and values go round, partial results merge by log-sum-exp.
 
-Forward: P steps; at each a rank attends to the block it holds and passes the block on. Backward: the blocks go round
-again together with the float32 gradients of their keys and values, which come home after P steps. A rank keeps only its
-own tokens between the passes, so memory does not grow with P.
+Forward: P steps; at each a rank attends to the block that it holds, while the next one is on its way. Backward: the
+blocks go round again, and the float32 gradients of their keys and values follow one step behind, which bring them home
+after P steps. A rank keeps only its own tokens between the passes, so memory does not grow with P.
 """
 
 from typing import Any
@@ -10,51 +10,74 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.attend._rotation import pass_on
+from longtrain.comm.group import Pending
+from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
-from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention_backward, attention_forward, merge
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
+from longtrain.sequence_parallel.shard import Shard, Team
+from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.block_attention import BlockAttention
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _Ring.apply(call.q, k, v, shard, call.scale), (k, v)
+    return ring_attention(call.q, k, v, shard.team, call.attention), (k, v)
 
 
-class _Ring(torch.autograd.Function):
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+    """Of this rank's queries [B, L, H, D] to the keys [B, M, G, D] of all of the team; [B, L, H, V]."""
+    return _RingAttention.apply(q, k, v, team, attention)
+
+
+class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
-        group, rows = shard.group, shard.held_counts()
-        output, lse = attention_forward(q, k, v, shard.tokens, shard.held_tokens(group.rank), scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+        queries, size = team.tokens[team.group.rank], team.group.size
+        wide = accumulator_dtype(q.dtype)
         block: tuple[Tensor, ...] = (k, v)
-        for step in range(1, group.size):
-            holder = (group.rank - step) % group.size
-            block = pass_on(block, rows[holder], group)
-            part = attention_forward(q, *block, shard.tokens, shard.held_tokens(holder), scale)
-            output, lse = merge(output, lse, *part)
+        for step in range(size):
+            on_its_way = pass_on(team, block, team.held[at_step(team, step + 1)].count) if step + 1 < size else None
+            keys = team.held[at_step(team, step)]
+            if step == 0:
+                output, lse = attention.forward(q, *block, queries, keys)
+                output, lse = (output.to(wide), lse) if size > 1 else (output, lse)
+            else:
+                attention.merge(output, lse, q, *block, queries, keys)
+            block = on_its_way.wait() if on_its_way else ()
+        output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.shard, ctx.scale = shard, scale
-        return output.to(q.dtype)
+        ctx.team, ctx.attention = team, attention
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
-        shard, rows = ctx.shard, ctx.shard.held_counts()
-        delta = (grad.to(output.dtype) * output).sum(-1).mT
-        dq = torch.zeros_like(q, dtype=output.dtype)
+        team, attention = ctx.team, ctx.attention
+        queries, size = team.tokens[team.group.rank], team.group.size
+        dq, *own = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
         block: tuple[Tensor, ...] = (k, v)
-        sums: tuple[Tensor, ...] = tuple(torch.zeros_like(x, dtype=output.dtype) for x in (k, v))
-        for step in range(shard.group.size):
-            holder = (shard.group.rank - step) % shard.group.size
-            keys = shard.held_tokens(holder)
-            dq_part, *parts = attention_backward(grad, q, *block, lse, delta, shard.tokens, keys, ctx.scale)
-            dq += dq_part
-            sums = tuple(total + part for total, part in zip(sums, parts, strict=True))
-            if step + 1 < shard.group.size:
-                received = pass_on((*block, *sums), rows[(holder - 1) % shard.group.size], shard.group)
-                block, sums = received[:2], received[2:]
-        if shard.group.size > 1:  # home, without the keys and values
-            sums = pass_on(sums, rows[shard.group.rank], shard.group)
-        dk, dv = sums
+        sums: Pending[tuple[Tensor, ...]] | None = None
+        for step in range(size):
+            following = team.held[at_step(team, step + 1)]
+            on_its_way = pass_on(team, block, following.count) if step + 1 < size else None
+            keys = team.held[at_step(team, step)]
+            parts = own if step == 0 else [torch.zeros_like(x, dtype=dq.dtype) for x in block]
+            attention.add_gradients((dq, *parts), grad, q, *block, output, lse, queries, keys)
+            total = parts if sums is None else [x.add_(part) for x, part in zip(sums.wait(), parts, strict=True)]
+            sums = pass_on(team, total, following.count) if size > 1 else None
+            block = on_its_way.wait() if on_its_way else ()
+        dk, dv = sums.wait() if sums is not None else own
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: P - 1 transfers run beside blocks; backward, the last one brings gradients home."""
+    own = shape.pair_seconds(shape.tokens**2 / 2, machine)
+    block = own if machine.zigzag else 2 * own
+    keys = machine.links.send.seconds(shape.key_value_numbers * shape.itemsize)
+    sums = machine.links.send.seconds(shape.key_value_numbers * WIDE)
+    steps = machine.ranks - 1
+    forward = own + steps * max(block, keys)
+    backward = BACKWARD * own + steps * max(BACKWARD * block, keys + sums) + (sums if steps else 0.0)
+    return forward + backward

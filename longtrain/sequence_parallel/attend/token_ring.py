@@ -4,64 +4,92 @@ Keys and values stay where they are, and so do the sums of their gradients. Pays
 numbers than keys and values: not where many query heads share a key head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.attend._rotation import pass_on
+from longtrain.comm.group import Pending
+from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
-from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention_backward, attention_forward, merge
+from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
+from longtrain.sequence_parallel.shard import Shard, Team
+from longtrain_kernels.affine import accumulator_dtype
+from longtrain_kernels.block_attention import BlockAttention, merge_into
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
     k, v = call.keys_and_values(carry)
-    return _TokenRing.apply(call.q, k, v, shard, call.scale), (k, v)
+    return _TokenRing.apply(call.q, k, v, shard.team, call.attention), (k, v)
 
 
 class _TokenRing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, scale: float) -> Tensor:
-        group, keys = shard.group, shard.held_tokens(shard.group.rank)
-        output, lse = attention_forward(q, k, v, shard.tokens, keys, scale)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
+        keys, size = team.held[team.group.rank], team.group.size
+        wide = accumulator_dtype(q.dtype)
         block: tuple[Tensor, ...] = (q,)
-        for step in range(1, group.size):
-            owner = (group.rank - step) % group.size
-            tokens = shard.tokens_of(owner)
-            block = pass_on(block, tokens.index.numel(), group)
-            part, part_lse = attention_forward(*block, k, v, tokens, keys, scale)
-            home, home_lse = _send_home((part, part_lse.mT), (output, lse.mT), step, shard)
-            output, lse = merge(output, lse, home, home_lse.mT)
+        home: Pending[tuple[Tensor, ...]] | None = None
+        for step in range(size):
+            queries = team.tokens[at_step(team, step)]
+            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
+            part, part_lse = attention.forward(*block, k, v, queries, keys)
+            if step == 0:
+                output, lse = part.to(wide), part_lse.mT.contiguous()
+            else:
+                if home is not None:
+                    merge_into(output, lse, *home.wait())
+                home = _send_home((part.to(wide), part_lse.mT), (output, lse), step, team)
+            block = on_its_way.wait() if on_its_way else ()
+        if home is not None:
+            merge_into(output, lse, *home.wait())
+        output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
-        ctx.shard, ctx.scale = shard, scale
-        return output.to(q.dtype)
+        ctx.team, ctx.attention = team, attention
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
-        shard, group = ctx.shard, ctx.shard.group
-        keys = shard.held_tokens(group.rank)
-        delta = (grad.to(output.dtype) * output).sum(-1)
-        dq = torch.zeros_like(q, dtype=output.dtype)
-        dk, dv = (torch.zeros_like(x, dtype=output.dtype) for x in (k, v))
-        block: tuple[Tensor, ...] = (grad, q, lse.mT, delta)
-        for step in range(group.size):
-            tokens = shard.tokens_of((group.rank - step) % group.size)
-            if step:
-                block = pass_on(block, tokens.index.numel(), group)
-            rows, queries, sums, deltas = block
-            part, *parts = attention_backward(rows, queries, k, v, sums.mT, deltas.mT, tokens, keys, ctx.scale)
-            dk, dv = dk + parts[0], dv + parts[1]
-            dq += _send_home((part,), (dq,), step, shard)[0] if step else part
+        team, attention = ctx.team, ctx.attention
+        keys, size = team.held[team.group.rank], team.group.size
+        dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
+        block: tuple[Tensor, ...] = (grad, q, output, lse)
+        home: Pending[tuple[Tensor, ...]] | None = None
+        for step in range(size):
+            queries = team.tokens[at_step(team, step)]
+            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
+            rows, their_q, their_output, their_lse = block
+            part = dq if step == 0 else torch.zeros_like(their_q, dtype=dq.dtype)
+            attention.add_gradients((part, dk, dv), rows, their_q, k, v, their_output, their_lse.mT, queries, keys)
+            if step > 0:
+                if home is not None:
+                    dq += home.wait()[0]
+                home = _send_home((part,), (dq,), step, team)
+            block = on_its_way.wait() if on_its_way else ()
+        if home is not None:
+            dq += home.wait()[0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _send_home(parts: tuple[Tensor, ...], like: tuple[Tensor, ...], step: int, shard: Shard) -> list[Tensor]:
-    """Parts to the rank `step` before this one; returns those of this rank, from the rank `step` behind it."""
-    group = shard.group
-    owner, helper = (group.rank - step) % group.size, (group.rank + step) % group.size
-    received = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in like]
-    group.exchange([(owner, x.contiguous()) for x in parts], [(helper, x) for x in received])
-    return received
+def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, team: Team) -> Pending[tuple[Tensor, ...]]:
+    """Begin to send parts to the rank `step` before this one; this rank's come from the rank `step` behind it."""
+    received = tuple(torch.empty_like(x) for x in like)
+    owner, helper = at_step(team, step), at_step(team, -step)
+    return team.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: queries and results travel in opposite directions, the last results alone."""
+    own = shape.pair_seconds(shape.tokens**2 / 2, machine)
+    block = own if machine.zigzag else 2 * own
+    send, steps = machine.links.send, machine.ranks - 1
+    results = send.seconds(shape.output_numbers * WIDE)
+    queries = send.seconds(shape.query_numbers * shape.itemsize)
+    forward = own + steps * max(block, queries, results) + (results if steps else 0.0)
+    rows = send.seconds((shape.query_numbers + 2 * shape.output_numbers) * shape.itemsize)
+    grads = send.seconds(shape.query_numbers * WIDE)
+    backward = BACKWARD * own + steps * max(BACKWARD * block, rows, grads) + (grads if steps else 0.0)
+    return forward + backward

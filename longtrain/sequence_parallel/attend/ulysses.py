@@ -8,20 +8,35 @@ import torch
 from torch import Tensor
 
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.cost import BACKWARD, AttendShape, Machine
 from longtrain.sequence_parallel.heads import HeadShares
 from longtrain.sequence_parallel.shard import Shard
-from longtrain_kernels.block_attention import attention
 
 
 def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
     """Outputs [B, L, H, V]; a rank carries keys and values of its heads."""
-    shares = HeadShares(shard, call.k.shape[2], call.q.shape[2])
+    shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
     q, k, v = shares.values.to_heads(call.q), shares.of_keys(call.k), shares.of_keys(call.v)
     if carry is not None:
         k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
     begin, end = shard.layout.chunk(shard.chunk)
     if q.shape[2]:
-        output = attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end), call.scale)
+        output = call.attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end))
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
     return shares.values.to_tokens(output), (k, v)
+
+
+def seconds(shape: AttendShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: balanced up to the heads, and nothing overlaps."""
+    busiest = -(-shape.heads // machine.ranks) * machine.ranks / shape.heads
+    return busiest * (1 + BACKWARD) * shape.balanced_seconds(machine) + exchange_seconds(shape, machine)
+
+
+def exchange_seconds(shape: AttendShape, machine: Machine) -> float:
+    """Queries, keys and values there and the output back, and the same for their gradients."""
+    copies = max(1.0, machine.ranks / shape.key_heads)  # of key heads that several ranks get
+    numbers = shape.query_numbers + shape.output_numbers + copies * shape.key_value_numbers
+    away = (machine.ranks - 1) / machine.ranks
+    exchange = machine.links.exchange
+    return 2 * (3 * exchange.latency + exchange.seconds(numbers * shape.itemsize * away))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from longtrain.comm.group import Group, Work
 from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.cost import WIDE, Machine, ScanShape
 from longtrain.sequence_parallel.heads import split_evenly
 from longtrain.sequence_parallel.segments import correct_parts, summarize_parts
 from longtrain.sequence_parallel.shard import Shard
@@ -125,3 +126,10 @@ class _Post:
         """Until everything sent has arrived."""
         for work, _ in self._sent:
             work.wait()
+
+
+def chain_seconds(shape: ScanShape, machine: Machine, count: int) -> float:
+    """See `sequence_parallel.cost`: a hop from every segment to the next, of blocks that follow each other."""
+    hops = machine.ranks * machine.slots - 1
+    block = machine.links.send.seconds(shape.batch * shape.heads * shape.state * WIDE / count)
+    return 2 * (hops + count - 1) * block if hops else 0.0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtrain.comm.group import Group
 from longtrain.core.contracts import Recurrence
+from longtrain.sequence_parallel.cost import WIDE, Machine, ScanShape
 from longtrain.sequence_parallel.segments import correct_parts, summarize_parts
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import advance, advance_adjoint, transition_grad
@@ -62,3 +63,10 @@ class _ExclusiveScan(torch.autograd.Function):
                 grad_states[i], grad_transitions[i] = grad, transition_grad(m, states_in[i], grad)
             grad = advance_adjoint(m, grad) + gathered[rank][i]
         return torch.stack(grad_transitions), grad_states, grad, None, None
+
+
+def seconds(shape: ScanShape, machine: Machine) -> float:
+    """See `sequence_parallel.cost`: maps in forward, cotangents of states in backward."""
+    heads = (machine.ranks - 1) * machine.slots * shape.batch * shape.heads * WIDE
+    gather = machine.links.gather
+    return gather.seconds(heads * (shape.state + shape.transition)) + gather.seconds(heads * shape.state)

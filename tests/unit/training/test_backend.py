@@ -1,5 +1,6 @@
 """The choice of a backend becomes one that runs on this rank's device, or is refused."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.build import sequence_maker
 from longtrain.sequence_parallel.config import SequenceParallelConfig
-from longtrain.training.rank import pick_backend
+from longtrain.training.rank import check_block_attention, pick_backend
 from longtrain.training.resume import identity
 from longtrain_kernels.backend import Backend
 
@@ -41,8 +42,37 @@ def test_triton_on_a_rank_without_a_gpu_is_refused() -> None:
         pick_backend("triton", CPU, "float32")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["engine.device=cpu"], "runs on GPUs, but engine.device=cpu; use auto, or a GPU"),
+        (["cluster.resources.GPU=0"], "runs on GPUs, but cluster.resources.GPU=0; use auto, or a GPU"),
+        (["engine.precision=float32"], "does not compute engine.precision=float32; use auto, or bfloat16"),
+    ],
+)
+def test_cudnn_is_for_gpus_and_halves(overrides: list[str], problem: str) -> None:
+    with pytest.raises(Refused, match=rf"^sequence_parallel\.block_attention=cudnn {re.escape(problem)}$"):
+        resolve(["sequence_parallel.block_attention=cudnn", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "precision", "problem"),
+    [
+        ("cudnn", CPU, "bfloat16", "cudnn runs on GPUs, but this rank has none; use auto"),
+        ("flash", GPU, "float32", "flash does not compute engine.precision=float32 on GPUs; use auto, or bfloat16"),
+    ],
+)
+def test_a_rank_refuses_attention_that_it_cannot_compute(
+    choice: str, device: torch.device, precision: str, problem: str
+) -> None:
+    with pytest.raises(Refused, match=rf"^sequence_parallel\.block_attention={re.escape(problem)}$"):
+        check_block_attention(choice, device, precision)
+    check_block_attention("auto", device, precision)
+    check_block_attention("flash", CPU, "float32")
+
+
 def test_every_sequence_states_the_backend() -> None:
-    cut = SequenceParallelConfig(size=1, scan="all_gather", attend="ring", layout="contiguous")
+    cut = SequenceParallelConfig(size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="plain")
     make_sequence = sequence_maker(cut, Backend.REFERENCE, Group(0, 1), CPU, Registry())
     assert make_sequence(SequenceLayout(5, 1, ((0,),))).backend is Backend.REFERENCE
 
