@@ -240,8 +240,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     from longtrain.bench import run_benchmark, summaries
 
     if arguments.name is None:
-        for name, (summary, options) in summaries().items():
-            print(f"{name:12}{summary}\n{'':12}options: {' '.join(options)}")
+        found = summaries()
+        indent = max(map(len, found)) + 2
+        for name, (summary, options) in found.items():
+            print(f"{name:{indent}}{summary}\n{'':{indent}}options: {' '.join(options)}")
         return 0
     if "=" in arguments.name:
         raise Refused(f"{arguments.name}: the benchmark's name comes first; `longtrain bench` lists them")
@@ -319,7 +321,11 @@ _COMMANDS = {
     "bench": _Command(
         _bench,
         "measure this machine and what runs on it",
-        ("", "kernels", "kernels ops=[scalar,gated] shapes=1x32kx16x128 direction=forward out=scalar.json"),
+        (
+            "",
+            "kernels ops=[scalar,gated] shapes=1x32kx16x128 direction=forward out=scalar.json",
+            "sequence-parallel ranks=4",
+        ),
         _bench_arguments,
     ),
 }

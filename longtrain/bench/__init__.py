@@ -2,7 +2,7 @@
 
 A benchmark is a module of this folder (its name does not start with an underscore). Its docstring's first line is its
 summary; it defines `Config`, a frozen dataclass with defaults derived from `_report.Options`, and
-`run(config: Config) -> int`, which returns the exit code.
+`run(config: Config) -> int`, which returns the exit code. Underscores of its name are dashes on the command line.
 """
 
 import ast
@@ -27,7 +27,7 @@ def summaries() -> dict[str, tuple[str, list[str]]]:
     for name in Registry().names("bench"):
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-        found[name] = summary, [*_options(tree, "Config"), *common]
+        found[name.replace("_", "-")] = summary, [*_options(tree, "Config"), *common]
     return found
 
 
@@ -39,7 +39,7 @@ def _options(tree: ast.Module, name: str) -> list[str]:
 
 def run_benchmark(name: str, overrides: Sequence[str]) -> int:
     """Run one benchmark and return its exit code. Raises Refused for an unknown name, key or value."""
-    module = Registry().load("bench", name, ("Config", "run"))
+    module = Registry().load("bench", name.replace("-", "_"), ("Config", "run"))
     return module.run(parse_options(name, module.Config, overrides))
 
 

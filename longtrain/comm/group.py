@@ -21,6 +21,10 @@ from longtrain.comm.journal import Journal, list_ranks
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """A collective that takes longer has lost a rank."""
 
+# Newer releases of PyTorch call them by other names, and warn of these.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Result = TypeVar("Result")
 Surround = Callable[[], AbstractContextManager[None]]
 
@@ -121,7 +125,7 @@ class Group:
             return [tensor]
         gathered = tensor.new_empty(self.size * tensor.numel())
         with self._inside("all_gather"):
-            dist.all_gather_into_tensor(gathered, tensor.flatten(), group=self.handle)
+            _all_gather(gathered, tensor.flatten(), group=self.handle)
         return list(gathered.view(self.size, *tensor.shape))
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -144,7 +148,7 @@ class Group:
         with self._inside("reduce_scatter"):
             if padded.is_cuda:
                 mine = torch.empty_like(padded[0])
-                dist.reduce_scatter_tensor(mine, padded, group=self.handle)
+                _reduce_scatter(mine, padded, group=self.handle)
             else:  # gloo has no reduce-scatter
                 dist.all_reduce(padded, group=self.handle)
                 mine = padded[self.rank]

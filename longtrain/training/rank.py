@@ -16,7 +16,6 @@ from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.automatic import Batch, name_algorithms
 from longtrain.model.build import build_model, sequence_maker
-from longtrain.model.model import Model
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
 from longtrain.telemetry.records import RunRecords
@@ -24,7 +23,7 @@ from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop
-from longtrain.training.resume import Start, identity, resume
+from longtrain.training.resume import identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
@@ -49,12 +48,11 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
-    backend = pick_backend(config.mixer.backend, device, config.engine.precision)
-    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
-    registry = Registry(config.plugins)
+    backend = _pick_kernels(config, device)
+    registry, cut = Registry(config.plugins), config.sequence_parallel
     listener.phase("join", 0)
     with process_group(device, timeout):
-        mesh = build_mesh(config.sequence_parallel.size, timeout)
+        mesh = build_mesh(cut.size, timeout)
         listener.watch(mesh.journal)
         directory = make_run_directory(config)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
@@ -62,19 +60,30 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
-            cut, batch = config.sequence_parallel, Batch(config.batch_size // mesh.data.size, config.context_length)
-            sequence_parallel, choices = name_algorithms(
-                cut, model, batch, mesh.sequence, device, engine.autocast(device), registry
-            )
+            batch, autocast = _local_batch(config, mesh), engine.autocast(device)
+            algorithms, choices = name_algorithms(cut, model, batch, mesh.sequence, device, autocast, registry)
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)
             start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
             if mesh.is_writer:
-                told = (corpus.unigram_entropy, str(directory), backend.value, choices)
-                listener.event(_started(config, mesh, model, start, *told))
+                listener.event(
+                    Started(
+                        step=start.step,
+                        total_steps=config.steps,
+                        context_length=config.context_length,
+                        world_size=mesh.world.size,
+                        sequence_parallel_size=mesh.sequence.size,
+                        parameters=sum(p.numel() for p in model.parameters()),
+                        resumed_from=start.path,
+                        unigram_entropy=corpus.unigram_entropy,
+                        run_directory=str(directory),
+                        backend=backend.value,
+                        choices=choices,
+                    )
+                )
             objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
-            loop = Loop(
+            end = Loop(
                 config=config,
                 mesh=mesh,
                 device=device,
@@ -82,41 +91,25 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 objective=objective.Objective(config.objective),
                 engine=engine,
                 reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
-                make_sequence=sequence_maker(sequence_parallel, backend, mesh.sequence, device, registry),
+                make_sequence=sequence_maker(algorithms, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
                 identity=identity(config, corpus),
                 attempt=start.attempt,
-            )
-            end = loop.run(start.step, start.tokens)
+            ).run(start.step, start.tokens)
     listener.phase("done", end.step)
     return Outcome(step=end.step, tokens=end.tokens, preempted=end.step < config.steps)
 
 
-def _started(
-    config: TrainingConfig,
-    mesh: Mesh,
-    model: Model,
-    start: Start,
-    unigram_entropy: float,
-    directory: str,
-    backend: str,
-    choices: tuple[str, ...],
-) -> Started:
-    return Started(
-        step=start.step,
-        total_steps=config.steps,
-        context_length=config.context_length,
-        world_size=mesh.world.size,
-        sequence_parallel_size=mesh.sequence.size,
-        parameters=sum(p.numel() for p in model.parameters()),
-        resumed_from=start.path,
-        unigram_entropy=unigram_entropy,
-        run_directory=directory,
-        backend=backend,
-        choices=choices,
-    )
+def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
+    """Of the mixers. Refuses what cannot run here."""
+    check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
+    return pick_backend(config.mixer.backend, device, config.engine.precision)
+
+
+def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
+    return Batch(config.batch_size // mesh.data.size, config.context_length)
 
 
 def make_run_directory(config: TrainingConfig) -> Path:

@@ -1,0 +1,240 @@
+"""Sequence parallelism: every algorithm on several ranks against one, with its traffic and what of it is exposed.
+
+The command starts the ranks itself: a GPU each with NCCL, or processes on a CPU with gloo. Each case is first compared
+with the same computation on one rank, outputs and every gradient, within the bounds of `bench kernels` for the dtype;
+one that is wrong is reported as FAILED and not timed, and the exit code is 1. Then come these figures:
+
+- The time of a repetition is the slowest rank's, from a barrier; the median counts. One rank alone is measured in the
+  same run by rank 0, with nothing to exchange. Strong scaling shares the same tokens among the ranks; weak scaling
+  gives every rank as many. `_sequence_parallel_cases.scaled` defines speed-up and efficiency.
+- Sent bytes are the payload that the busiest rank sends in one call.
+- Exposed communication is the time less that of the same call on a group that sends nothing and never waits. It
+  includes waiting for a rank that computes longer, and small negative values are noise.
+- A layer is a whole mixer, with the gradients of its parameters on each rank; the sum of these over ranks, which data
+  parallelism does as well, is not timed.
+- On a CPU every rank has its share of the threads, and one rank alone has no more.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.multiprocessing
+from pydantic import BeforeValidator, Field
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+from longtrain.bench._report import Options, Report
+from longtrain.bench._sequence_parallel_cases import Candidate, Case, Kind, Plan, Scaling, operation_cases
+from longtrain.bench._sequence_parallel_peers import candidates, inventory
+from longtrain.bench._sequence_parallel_problems import SCANS
+from longtrain.bench._sequence_parallel_projection import project
+from longtrain.bench._sequence_parallel_rank import LOOPBACK, main
+from longtrain.bench._sequence_parallel_table import Table
+from longtrain.bench._sequence_parallel_world import links_of
+from longtrain.cluster.resolve import resolve
+from longtrain.comm.links import Link
+from longtrain.comm.rendezvous import host_store
+from longtrain.core.errors import Refused, WorkerFailed
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.registry import Registry, did_you_mean
+from longtrain.core.units import TokenCount
+from longtrain.sequence_parallel.scan.pipeline import BLOCKS
+
+OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
+Names = Annotated[tuple[str, ...], OneOrMore]
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Config(Options):
+    """Options of `longtrain bench sequence-parallel`. A size that is left out is larger on a GPU than on a CPU."""
+
+    ranks: Annotated[int, Field(ge=2)] | None = None
+    """None: as many as there are GPUs, or 2 on a CPU."""
+    ops: Names = ("scalar", "vector", "gated")
+    """Recurrences, as in `bench kernels`."""
+    scan: Names | None = None
+    """Algorithms for them. None: every one; [] for none."""
+    attend: Names | None = None
+    """Algorithms for softmax attention, likewise."""
+    layers: Names = ("gla", "gated_delta")
+    """Recurrent mixers to be measured whole, with every algorithm of `scan`."""
+    layouts: Annotated[tuple[LayoutKind, ...] | None, Field(min_length=1), OneOrMore] = None
+    """None: both for softmax, and contiguous for scans, whose work is the same everywhere."""
+    packed: Annotated[tuple[bool, ...] | None, Field(min_length=1), OneOrMore] = None
+    """Whether a sequence is six documents of seeded lengths, or one. None: both on GPUs, packed on a CPU."""
+    scaling: Annotated[tuple[Scaling, ...] | None, Field(min_length=1), OneOrMore] = None
+    """Of single operations. None: both on GPUs, strong on a CPU; a layer is always measured under weak scaling."""
+    tokens: TokenCount | None = None
+    """Of the one rank's sequence; P ranks share them under strong scaling, and have P times as many under weak."""
+    heads: Annotated[int, Field(ge=1)] | None = None
+    width: Annotated[int, Field(ge=1)] | None = None
+    """Of one head; a layer is heads x width wide."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of the inputs. None: bfloat16 on a GPU, float32 on a CPU."""
+    direction: Literal["forward", "both"] = "both"
+    peers: bool = True
+    device: Literal["cuda", "cpu"] | None = None
+    """None: CUDA where there is a GPU."""
+    repeats: Annotated[int, Field(ge=1)] | None = None
+    """The least number of repetitions of which a median is taken."""
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    """About how long a measurement repeats a call that is short."""
+    slow_bandwidth: Annotated[float, Field(gt=0)] = 25e9
+    """Bytes a second of the link for which exchanges are projected."""
+    slow_latency: Annotated[float, Field(ge=0)] = 10e-6
+    """Seconds of a message on it."""
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    tokens: int
+    heads: int
+    width: int
+    dtype: str
+    repeats: int
+    seconds: float
+
+
+GPU = _Sizes(2**15, 16, 128, "bfloat16", 10, 0.2)
+CPU = _Sizes(512, 4, 16, "float32", 3, 0.02)
+
+Main = Callable[[int, Plan, int, Connection], None]
+
+
+def run(config: Config, entry: Main = main) -> int:
+    """Start the ranks, print and write their rows; returns 1 if an algorithm of ours is wrong or fails.
+
+    Raises Refused for GPUs that are not there, an unknown name, sizes that do not fit and a file that cannot be
+    written; WorkerFailed for a rank that dies.
+    """
+    plan = make_plan(config)
+    report, table = Report("sequence-parallel", config, torch.device(plan.device)), Table()
+    peers = inventory(plan.device) if config.peers else {}
+    report.set("peers", peers)
+    report.set("plan", {k: v for k, v in asdict(plan).items() if k not in ("cases", "layers")})
+    table.head(report.content["machine"], plan, peers)
+    failed, slow = False, Link(config.slow_latency, config.slow_bandwidth)
+    for kind, content in launch(plan, entry):
+        if kind == "links":
+            links = links_of(content)
+            report.set("links", content)
+            projection = project(
+                config.ops, plan.heads, plan.width, BLOCKS, {"slow": (slow, slow), "measured here": links}
+            )
+            report.set("projection", projection)
+            table.links(links)
+        else:
+            failed |= content["status"] != "ok" and not content["peer"]
+            report.add(content)
+            table.row(content)
+    table.projection(report.content["projection"], plan.heads, plan.width, BLOCKS)
+    report.finish()
+    return int(failed)
+
+
+def launch(plan: Plan, entry: Main = main) -> Iterator[tuple[str, Any]]:
+    """Run `entry` on every rank, and yield what rank 0 sends. Raises WorkerFailed as soon as one has ended badly."""
+    store = host_store(LOOPBACK)
+    reader, writer = torch.multiprocessing.get_context("spawn").Pipe(duplex=False)
+    context = torch.multiprocessing.spawn(entry, (plan, store.port, writer), nprocs=plan.ranks, join=False)
+    assert context is not None
+    try:
+        done = False
+        while not done:
+            trouble = None
+            try:
+                done = context.join(POLL_SECONDS, grace_period=1.0)
+            except (ProcessExitedException, ProcessRaisedException) as error:
+                trouble = error
+            while reader.poll():
+                kind, content = json.loads(reader.recv_bytes())
+                yield kind, content
+            if trouble is not None:
+                print(trouble, file=sys.stderr)
+                last = str(trouble).strip().splitlines()[-1]
+                raise WorkerFailed(f"rank {trouble.error_index} of {plan.ranks} failed: {last}")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+
+
+def make_plan(config: Config) -> Plan:
+    """The configuration with the device's sizes, and the cases that it asks for. Raises Refused."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device: Literal["cuda", "cpu"] = config.device or ("cuda" if gpus else "cpu")
+    ranks = config.ranks or (gpus if device == "cuda" else 2)
+    if device == "cuda" and gpus < max(ranks, 2):
+        raise Refused(f"{max(ranks, 2)} ranks need a GPU each, and there are {gpus}; write device=cpu, or fewer ranks")
+    sizes = GPU if device == "cuda" else CPU
+    tokens = config.tokens or sizes.tokens
+    heads, width = config.heads or sizes.heads, config.width or sizes.width
+    return Plan(
+        ranks=ranks,
+        device=device,
+        dtype=config.dtype or sizes.dtype,
+        heads=heads,
+        width=width,
+        directions=("forward", "both") if config.direction == "both" else ("forward",),
+        repeats=config.repeats or sizes.repeats,
+        seconds=config.seconds or sizes.seconds,
+        threads=max(1, torch.get_num_threads() // ranks),
+        layers={name: _layer(name, heads, width) for name in config.layers},
+        cases=tuple(_cases(config, tokens, ranks, device)),
+    )
+
+
+def _cases(config: Config, tokens: int, ranks: int, device: str) -> Iterator[Case]:
+    scans = _known("scan", config.scan, Registry().names("sequence_parallel.scan"))
+    attends = _known("attend", config.attend, Registry().names("sequence_parallel.attend"))
+    ops = _known("ops", config.ops, list(SCANS))
+    usual: tuple[LayoutKind, ...] = ("contiguous",)
+    scan_layouts, attend_layouts = config.layouts or usual, config.layouts or (*usual, "zigzag")
+
+    cuda = device == "cuda"
+    scaling = config.scaling or (("strong", "weak") if cuda else ("strong",))
+    packed = config.packed or ((False, True) if cuda else (True,))
+
+    def asked(operation: str, names: tuple[str, ...], layouts: tuple[LayoutKind, ...]) -> list[Candidate]:
+        others = candidates(operation, layouts, device) if config.peers and names else ()
+        return [*(Candidate(name, layouts) for name in names), *others]
+
+    def cases(kind: Kind, found: dict[str, list[Candidate]]) -> Iterator[Case]:
+        return operation_cases(kind, found, tokens, ranks, packed, scaling)
+
+    yield from cases("scan", {name: asked(name, scans, scan_layouts) for name in ops})
+    yield from cases("attend", {"softmax": asked("softmax", attends, attend_layouts)})
+    layers = {name: [Candidate(scan, scan_layouts) for scan in scans] for name in config.layers}
+    yield from operation_cases("layer", layers, tokens, ranks, (False,), ("weak",))
+
+
+def _known(option: str, names: tuple[str, ...] | None, known: list[str]) -> tuple[str, ...]:
+    for name in names or ():
+        if name not in known:
+            raise Refused(f"{option}: there is no '{name}'{did_you_mean(name, known)}")
+    return tuple(known) if names is None else names
+
+
+def _layer(mixer: str, heads: int, width: int) -> tuple[Any, Any]:
+    """The configurations of a model of one layer of it, and of the mixer. Raises Refused for one that keeps tokens."""
+    _known("layers", (mixer,), Registry().names("mixers"))
+    module = Registry().load("mixers", mixer, ("Config",))
+    sizes = {"num_heads": heads, "num_value_heads": heads, "key_dim": width, "value_dim": width}
+    options = {key: value for key, value in sizes.items() if key in module.Config.__dataclass_fields__}
+    if "key_dim" not in options:
+        raise Refused(f"layers: '{mixer}' is no recurrence; `attend` measures softmax attention")
+    job = resolve(
+        [
+            f"model.pattern=[{mixer}]",
+            "model.num_layers=1",
+            f"model.width={heads * width}",
+            f"model.initializer_std={(heads * width) ** -0.5}",
+            *(f"mixer.{mixer}.{key}={value}" for key, value in options.items()),
+        ]
+    )
+    return job.config.model, job.config.mixer.options[mixer]

@@ -1,0 +1,99 @@
+"""`longtrain bench sequence-parallel` where an algorithm is wrong or a rank dies."""
+
+import json
+import os
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtrain.bench import _sequence_parallel_rank as rank_module
+from longtrain.bench import parse_options
+from longtrain.bench._sequence_parallel_cases import Case, Plan
+from longtrain.bench._sequence_parallel_problems import recurrence
+from longtrain.bench.sequence_parallel import Config, launch, make_plan, run
+from longtrain.comm.group import Group
+from longtrain.core.errors import WorkerFailed
+from longtrain.core.layout import SequenceLayout
+from longtrain.sequence_parallel import local
+from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
+from longtrain.sequence_parallel.scan import all_gather
+from longtrain.sequence_parallel.shard import Shard
+
+WORDS = ["device=cpu", "tokens=48", "heads=2", "width=8", "repeats=1", "seconds=0.001", "layers=[]", "attend=[]"]
+
+
+def with_mistakes(rank: int, plan: Plan, port: int, connection: Connection) -> None:
+    """The ring forgets what came before each rank's tokens; the pipeline raises, on one rank alone."""
+    right = rank_module._algorithm
+
+    def algorithm(verb: str, name: str) -> Any:
+        def fail(*arguments: Any) -> Any:
+            if rank == 1:
+                raise RuntimeError("no\nroom")
+            return local.scan(*arguments)
+
+        return {"ring": local.scan, "pipeline": fail}.get(name) or right(verb, name)
+
+    rank_module._algorithm = algorithm  # this process is the rank's own
+    rank_module.main(rank, plan, port, connection)
+
+
+def with_a_peer(rank: int, plan: Plan, port: int, connection: Connection) -> None:
+    """One peer is what it should be: our own all-gather. The others are not installed."""
+
+    def prepare(layout: SequenceLayout, group: Group, device: torch.device) -> Any:
+        sequence = ShardedSequence(Shard(layout, group, device), Algorithms(all_gather.scan, local.attend))
+        return lambda x: sequence.scan(recurrence("gated", x))
+
+    rank_module.PEERS["fla cp"] = replace(rank_module.PEERS["fla cp"], prepare=prepare)
+    rank_module.main(rank, plan, port, connection)
+
+
+def dying(rank: int, plan: Plan, port: int, connection: Connection) -> None:
+    """Rank 1 is gone once the links have been measured; rank 0 waits for it."""
+
+    def rows(self: Any, case: Any) -> Any:
+        if rank == 1:
+            os._exit(7)
+        self._world.barrier()
+        raise AssertionError("rank 1 cannot have come")
+
+    rank_module.Bench.rows = rows  # type: ignore[method-assign]
+    rank_module.main(rank, plan, port, connection)
+
+
+def config(out: Path, *words: str) -> Config:
+    return parse_options("sequence-parallel", Config, [*WORDS, f"out={out}", *words])
+
+
+def test_what_is_wrong_is_not_timed_and_the_rest_is(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "sp.json"
+    assert run(config(out, "ops=scalar", "scan=[ring,pipeline,ulysses]", "direction=forward"), with_mistakes) == 1
+    ring, pipeline, ulysses = json.loads(out.read_text())["rows"]
+    assert (ring["status"], pipeline["status"], ulysses["status"]) == ("failed", "error", "ok")
+    assert "bound 1e-04" in ring["detail"] and "median_ms" not in ring
+    assert pipeline["detail"] == "rank 1: RuntimeError: no room"
+    printed = capsys.readouterr().out
+    assert "FAILED" in printed and "ERROR rank 1: RuntimeError: no room" in printed
+
+
+def test_a_peer_is_checked_and_timed_like_ours_and_may_fail(tmp_path: Path) -> None:
+    plan = make_plan(config(tmp_path / "sp.json", "scan=[]", "direction=forward"))
+    case = Case("scan", "gated", "fla cp", "contiguous", True, "strong", 48, 48, peer=True)
+    failing = replace(case, algorithm="fla cp zigzag", layout="zigzag")
+    found = list(launch(replace(plan, cases=(case, failing)), with_a_peer))
+    assert [kind for kind, _ in found] == ["links", "row", "row"]
+    right, absent = found[1][1], found[2][1]
+    assert right["status"] == "ok" and right["speedup"] > 0 and "sent_bytes" not in right
+    assert absent["status"] == "error" and "ModuleNotFoundError: No module named 'fla'" in absent["detail"]
+
+
+def test_a_rank_that_dies_ends_the_benchmark(tmp_path: Path) -> None:
+    out = tmp_path / "sp.json"
+    with pytest.raises(WorkerFailed, match=r"rank [01] of 2 failed"):
+        run(config(out, "ops=scalar", "scan=ring"), dying)
+    assert json.loads(out.read_text())["finished"] is None
