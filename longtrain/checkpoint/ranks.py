@@ -1,6 +1,7 @@
 """What the ranks of a collective save or load tell each other: JSON in byte tensors, so that nothing is unpickled.
 
-Every function is a collective over the default process group, or a plain call where there is none.
+`gather` and `decide` are collectives over the default process group, or plain calls where there is none. They write
+into the journal of the process, so that a rank that others wait for here can be named.
 """
 
 import json
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longtrain.comm.journal import Journal
 from longtrain.core.errors import CorruptCheckpoint, LongtrainError, Refused
 
+GROUP = "the world (checkpoint)"
+"""Name of these collectives in a journal."""
 _CROSSING = {error.__name__: error for error in (Refused, CorruptCheckpoint)}
 
 
@@ -25,22 +29,24 @@ def world_size() -> int:
     return dist.get_world_size() if _distributed() else 1
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, journal: Journal) -> list[Any]:
     """The JSON value of every rank, in rank order, on every rank."""
     if not _distributed():
         return [value]
     payload = _encode(value)
     lengths = [torch.zeros(1, dtype=torch.int64, device=payload.device) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor([payload.numel()], dtype=torch.int64, device=payload.device))
+    with journal.inside("all_gather", GROUP):
+        dist.all_gather(lengths, torch.tensor([payload.numel()], dtype=torch.int64, device=payload.device))
     counts = [int(length) for length in lengths]
     padded = payload.new_zeros(max(counts))
     padded[: payload.numel()] = payload
     rows = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(rows, padded)
+    with journal.inside("all_gather", GROUP):
+        dist.all_gather(rows, padded)
     return [_decode(row[:count]) for row, count in zip(rows, counts, strict=True)]
 
 
-def decide(action: Callable[[], Any]) -> Any:
+def decide(action: Callable[[], Any], journal: Journal) -> Any:
     """Run `action` on rank 0 and hand its JSON result to every rank.
 
     Where it raises, every rank raises: rank 0 the error itself, the others a `Refused` or `CorruptCheckpoint` with
@@ -56,7 +62,7 @@ def decide(action: Callable[[], Any]) -> Any:
         except Exception as caught:  # every rank must learn of it, or the others wait for ever
             error = caught
             answer = {"error": type(caught).__name__, "message": str(caught)}
-    answer = _broadcast(answer)
+    answer = _broadcast(answer, journal)
     if error is not None:
         raise error
     if "error" in answer:
@@ -66,13 +72,15 @@ def decide(action: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
-def _broadcast(value: Any) -> Any:
+def _broadcast(value: Any, journal: Journal) -> Any:
     payload = _encode(value)
     length = torch.tensor([payload.numel()], dtype=torch.int64, device=payload.device)
-    dist.broadcast(length, src=0)
+    with journal.inside("broadcast", GROUP):
+        dist.broadcast(length, src=0)
     if rank() != 0:
         payload = payload.new_empty(int(length))
-    dist.broadcast(payload, src=0)
+    with journal.inside("broadcast", GROUP):
+        dist.broadcast(payload, src=0)
     return _decode(payload)
 
 

@@ -20,6 +20,7 @@ from longtrain.checkpoint.failures import Failure, failure_of, refusal
 from longtrain.checkpoint.manifest import FileEntry, Manifest, shard_name, tensor_entry
 from longtrain.checkpoint.shard import partition, write_shard
 from longtrain.checkpoint.verify import folder_name, inspect, read
+from longtrain.comm.journal import Journal
 from longtrain.core.errors import CorruptCheckpoint, Refused
 
 
@@ -41,8 +42,13 @@ class CheckpointStore:
     share, and belongs to one writing job at a time. Rank 0 verifies and decides; the others receive its decision.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
-        """`directory` is `<run>/checkpoints`, made by the first save; the newest `keep` >= 1 checkpoints are kept."""
+    def __init__(self, directory: Path, keep: int, journal: Journal | None = None) -> None:
+        """`directory` is `<run>/checkpoints`, made by the first save; the newest `keep` >= 1 checkpoints are kept.
+
+        `journal` is that of the process, if it keeps one.
+        """
+        self.journal = journal or Journal()
+        self.journal.add_group(ranks.GROUP)
         self._directory = directory
         self._keep = keep
         self._corrupt: set[Path] = set()
@@ -60,7 +66,7 @@ class CheckpointStore:
         """
         target = self._directory / folder_name(step)
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-        name = ranks.decide(lambda: self._begin(target, sum(sizes.values())))
+        name = ranks.decide(lambda: self._begin(target, sum(sizes.values())), self.journal)
         if name is None:
             return target
         temporary = self._directory / name
@@ -73,7 +79,7 @@ class CheckpointStore:
         except Exception as caught:  # the other ranks wait for this one's outcome, whatever it is
             error = caught
             outcome["failure"] = asdict(failure_of(caught))
-        outcomes = ranks.gather(outcome)
+        outcomes = ranks.gather(outcome, self.journal)
 
         def manifest() -> Manifest:
             shards = [shard_name(rank, len(shares)) for rank in range(len(shares))]
@@ -89,7 +95,7 @@ class CheckpointStore:
             )
 
         try:
-            ranks.decide(lambda: self._finish(target, temporary, outcomes, sum(sizes.values()), manifest))
+            ranks.decide(lambda: self._finish(target, temporary, outcomes, sum(sizes.values()), manifest), self.journal)
         except Exception as failed:
             if error is not None:
                 raise failed from error
@@ -101,7 +107,7 @@ class CheckpointStore:
 
         Raises CorruptCheckpoint where there are some and none is good, so that no run starts again from step 0.
         """
-        answer = ranks.decide(self._find)
+        answer = ranks.decide(self._find, self.journal)
         if answer is None:
             return None
         return Found(
@@ -117,7 +123,7 @@ class CheckpointStore:
                 raise CorruptCheckpoint(f"checkpoint {path}: {_summary(problems)}; name another one")
             return {"step": manifest.step, "metadata": manifest.metadata}
 
-        answer = ranks.decide(check)
+        answer = ranks.decide(check, self.journal)
         return Found(path, answer["step"], answer["metadata"])
 
     def load(self, path: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +138,7 @@ class CheckpointStore:
             tensors = read(path)
         except CorruptCheckpoint as error:
             problem = str(error)
-        found = [line for line in ranks.gather(problem) if line is not None]
+        found = [line for line in ranks.gather(problem, self.journal) if line is not None]
         if found:
             raise CorruptCheckpoint(found[0])
         return tensors

@@ -38,6 +38,9 @@ class ClusterConfig:
     """How long to wait for the cluster to provide the workers."""
     heartbeat_timeout_seconds: Seconds
     """A worker that has not been heard of for so long is treated as failed."""
+    hang_timeout_seconds: Seconds
+    """Ranks of which none has gone on for so long are treated as hanging: twice as long in an attempt's first step,
+    while loading and saving; ten times where no rank waits for another. Work between two exchanges may take so long."""
 
 
 @dataclass(frozen=True)

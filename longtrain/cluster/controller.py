@@ -16,7 +16,9 @@ from enum import Enum, auto
 from typing import Any, Protocol
 
 from longtrain.cluster.failure import Failure, FailurePolicy, Fault, GiveUp
-from longtrain.core.errors import LongtrainError, Refused, WorkerFailed
+from longtrain.cluster.pulse import Pulse
+from longtrain.cluster.vigil import Vigil
+from longtrain.core.errors import ExchangeFailed, LongtrainError, Refused, WorkerFailed
 
 POLL_SECONDS = 0.2
 """Longest wait inside one step, so that a signal is answered in well under a second."""
@@ -40,16 +42,6 @@ class State(Enum):
     @property
     def terminal(self) -> bool:
         return self in (State.FINISHED, State.PREEMPTED, State.FAILED)
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """What a worker last said of itself."""
-
-    phase: str
-    step: int
-    count: int
-    """Grows with every heartbeat of the attempt, so that an old pulse is not taken for a new one."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +99,10 @@ class WorkerGroup(Protocol):
         """Give the place back."""
         ...
 
+    def name(self, rank: int) -> str:
+        """The rank, its process and its host, of the attempt that runs."""
+        ...
+
 
 class Observer(Protocol):
     """Who follows a run from the driver."""
@@ -126,10 +122,11 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """`cluster.start_timeout_seconds` and `cluster.heartbeat_timeout_seconds`."""
+    """The settings of `cluster` with these names."""
 
     start_timeout_seconds: float
     heartbeat_timeout_seconds: float
+    hang_timeout_seconds: float
 
 
 @dataclass(frozen=True)
@@ -166,8 +163,7 @@ class Controller:
         self._restart_at = 0.0
         self._failed_at: float | None = None
         self._history: list[Failure] = []
-        self._pulses: dict[int, Pulse] = {}
-        self._silence: dict[int, float] = {}
+        self._vigil = Vigil(limits.heartbeat_timeout_seconds, limits.hang_timeout_seconds)
         self._done: dict[int, Done] = {}
 
     def request_stop(self) -> None:
@@ -213,7 +209,8 @@ class Controller:
         if self._left_before_running():
             return
         if self._group.place(POLL_SECONDS):
-            self._pulses, self._silence, self._done = {}, {}, {}
+            self._vigil.forget()
+            self._done = {}
             self._group.start(self.attempt)
             self._enter(State.STARTING)
         elif self._clock() - self._entered > self._limits.start_timeout_seconds:
@@ -237,7 +234,7 @@ class Controller:
                 self._observer.incident(
                     "recovered", f"all {self._group.size} ranks run again", attempt=self.attempt, seconds=seconds
                 )
-            self._silence = dict.fromkeys(range(self._group.size), 0.0)
+            self._vigil.begin(self._group.size)
             self._enter(State.RUNNING)
         elif self._clock() - self._entered > self._limits.start_timeout_seconds:
             limit = f"cluster.start_timeout_seconds={self._limits.start_timeout_seconds:g}"
@@ -249,7 +246,7 @@ class Controller:
             self._enter(State.STOPPING)
         report = self._group.poll(POLL_SECONDS)
         self._take(report)
-        failures = report.failures or self._silent()
+        failures = report.failures or self._vigil.failures(self._done.keys(), self._group.name)
         if failures:
             self._fail(failures)
         elif len(self._done) == self._group.size:
@@ -267,34 +264,18 @@ class Controller:
 
     def _take(self, report: Report) -> None:
         now = self._clock()
-        # A driver that was itself suspended must not blame its workers: no look counts for more than a quarter
-        # of the timeout, so silence is only believed after several looks in vain.
-        elapsed = min(now - self._looked, self._limits.heartbeat_timeout_seconds / 4)
+        self._vigil.look(now - self._looked, report.pulses)
         self._looked = now
-        for rank in self._silence:
-            self._silence[rank] += elapsed
-        for rank, pulse in report.pulses.items():
-            if rank not in self._pulses or pulse.count > self._pulses[rank].count:
-                self._pulses[rank] = pulse
-                self._silence[rank] = 0.0
         for event in report.events:
             self._observer.event(event)
         self._done.update(report.done)
-
-    def _silent(self) -> list[Failure]:
-        limit = self._limits.heartbeat_timeout_seconds
-        return [
-            Failure(Fault.SILENT, rank, f"rank {rank} was not heard of for {limit:g} s (heartbeat_timeout_seconds)")
-            for rank, silence in self._silence.items()
-            if silence > limit and rank not in self._done
-        ]
 
     def _fail(self, failures: Sequence[Failure]) -> None:
         failure = self._root_cause(failures)
         stopping = self.state is State.STOPPING
         self._failed_at = self._clock()
         self._group.kill()
-        pulse = self._pulses.get(failure.rank) if failure.rank is not None else None
+        pulse = self._vigil.pulses.get(failure.rank) if failure.rank is not None else None
         failure = replace(
             failure,
             step=pulse.step if pulse else None,
@@ -305,21 +286,23 @@ class Controller:
         self._history.append(failure)
         self._record(failure, decision)
         if isinstance(decision, GiveUp):
-            error = failure.error or WorkerFailed(f"{failure.message}; given up: {decision.reason}")
+            # That an exchange failed says little without the rank and the reason to give up.
+            own = None if isinstance(failure.error, ExchangeFailed) else failure.error
+            error = own or WorkerFailed(f"{failure.message}; given up: {decision.reason}")
             self._end(State.FAILED, error=error, traceback=failure.traceback)
         else:
             self._restart_at = self._clock() + decision.delay_seconds
             self._enter(State.RESTARTING)
 
     def _root_cause(self, failures: Sequence[Failure]) -> Failure:
-        """The failure that most likely led to the others: an ended process before a refusal before an exception."""
+        """The failure that most likely led to the others: an ended process, a refusal, an exception, a vain wait."""
         found = list(failures)
         deadline = self._clock() + SETTLE_SECONDS
         while all(failure.fault is Fault.RAISED for failure in found) and self._clock() < deadline:
             report = self._group.poll(deadline - self._clock())
             self._take(report)
             found += report.failures
-        return min(found, key=lambda failure: _BLAME.index(failure.fault))
+        return min(found, key=lambda f: (_BLAME.index(f.fault), isinstance(f.error, ExchangeFailed)))
 
     def _record(self, failure: Failure, decision: Any) -> None:
         self._observer.incident(
@@ -330,9 +313,10 @@ class Controller:
             phase=failure.phase,
             committed_step=failure.committed_step,
             attempt=self.attempt,
-            seconds_since_heard=self._silence.get(failure.rank) if failure.rank is not None else None,
+            seconds_since_heard=self._vigil.silence.get(failure.rank) if failure.rank is not None else None,
             decision=f"give up: {decision.reason}" if isinstance(decision, GiveUp) else "restart",
             traceback=failure.traceback,
+            **({"ranks": list(failure.ranks), "places": dict(failure.places)} if failure.places else {}),
         )
 
 
@@ -342,6 +326,7 @@ _BLAME = (
     Fault.DIED,
     Fault.REFUSED,
     Fault.SILENT,
+    Fault.HANG,
     Fault.RAISED,
     Fault.NOT_STARTED,
     Fault.CONTROL_LOST,

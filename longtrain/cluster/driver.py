@@ -47,7 +47,7 @@ def execute(
     with connected(cluster.address, size, check_resources(asked)):
         resources = check_resources(asked | _where_there_are(cluster.resources, size, observer))
         signals.install()  # Ray has put its own handler for SIGTERM
-        limits = Limits(cluster.start_timeout_seconds, cluster.heartbeat_timeout_seconds)
+        limits = Limits(cluster.start_timeout_seconds, cluster.heartbeat_timeout_seconds, cluster.hang_timeout_seconds)
         group = RayWorkerGroup(work, size, group_size, resources)
         controller = Controller(group, policy, observer, limits)
         signals.call_on_request(controller.request_stop)

@@ -1,7 +1,7 @@
 """What can go wrong with a worker, and what a policy may decide about it."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
@@ -21,6 +21,8 @@ class Fault(StrEnum):
     """The node of a worker left the cluster."""
     SILENT = "silent"
     """A worker was not heard of for `cluster.heartbeat_timeout_seconds`: stopped, or its interpreter hangs."""
+    HANG = "hang"
+    """No rank went on for `cluster.hang_timeout_seconds`, although all were heard of; names who holds up the others."""
     RAISED = "raised"
     """A worker raised any other exception."""
     NOT_STARTED = "not_started"
@@ -41,12 +43,16 @@ class Failure:
     error: LongtrainError | None = None
     """What the worker raised, where it was an error of longtrain."""
     traceback: str = ""
-    """The worker's traceback for any other exception."""
+    """The worker's traceback for any other exception; of a rank that hangs, where its main thread is."""
     step: int | None = None
     """Step that the rank was last heard in."""
     phase: str | None = None
     committed_step: int | None = None
     """Newest committed checkpoint when the attempt failed."""
+    ranks: tuple[int, ...] = ()
+    """All ranks that are to blame, where that can be more than `rank`."""
+    places: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Where the ranks were, in words, and which ones, where none went on."""
 
 
 @dataclass(frozen=True)

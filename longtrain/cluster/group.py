@@ -10,9 +10,10 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, RayEr
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from longtrain.cluster.controller import Done, Pulse, Report
+from longtrain.cluster.controller import Done, Report
 from longtrain.cluster.failure import Failure, Fault
 from longtrain.cluster.mailbox import BEAT_SECONDS, Mailbox
+from longtrain.cluster.pulse import Pulse
 from longtrain.cluster.ranks import DOMAIN_LABEL, Place, Seat, assign_ranks
 from longtrain.cluster.worker import Probe, Raised, Work, Worker
 from longtrain.core.errors import Refused, WorkerFailed
@@ -118,7 +119,7 @@ class RayWorkerGroup:
         """Go on with what a worker answered: prepared -> ranks -> the store beside rank 0 -> all ranks run -> done."""
         call, index = self._pending.pop(reference)
         rank = index if self._places else None
-        name = self._name(index) if self._places else f"worker {index}"
+        name = self.name(index) if self._places else f"worker {index}"
         try:
             answer = ray.get(reference)
         except RayError as error:
@@ -153,6 +154,10 @@ class RayWorkerGroup:
         if self._placement is not None:
             remove_placement_group(self._placement)
             self._placement = None
+
+    def name(self, rank: int) -> str:
+        seat = self._places[rank].seat
+        return f"rank {rank} (process {self._probes[seat.index].process_id} on {seat.ip})"
 
     def _seat(self) -> None:
         nodes = {node["NodeID"]: node for node in ray.nodes()}
@@ -200,10 +205,6 @@ class RayWorkerGroup:
                 self._mailbox = None
             failures.append(Failure(Fault.CONTROL_LOST, None, "the actor that carries the heartbeats ended"))
         return pulses, events
-
-    def _name(self, rank: int) -> str:
-        seat = self._places[rank].seat
-        return f"rank {rank} (process {self._probes[seat.index].process_id} on {seat.ip})"
 
 
 def check_resources(resources: Mapping[str, float]) -> dict[str, float]:

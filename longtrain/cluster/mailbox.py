@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
-from longtrain.cluster.controller import Pulse
+from longtrain.cluster.pulse import Pulse
 
 BEAT_SECONDS = 0.5
 """Longest time between two pushes of a worker."""

@@ -15,6 +15,7 @@ from longtrain.cluster.driver import execute
 from longtrain.cluster.observer import RunObserver
 from longtrain.cluster.signals import StopSignals, listening
 from longtrain.cluster.worker import Work, named
+from longtrain.comm.journal import Journal
 from longtrain.config.load import load_config
 from longtrain.core.errors import Preempted, Refused
 from longtrain.core.registry import Registry
@@ -87,6 +88,9 @@ class _RankListener:
 
     def phase(self, name: str, step: int) -> None:
         """Nobody watches: the launcher that started this process sees whether it lives."""
+
+    def watch(self, journal: Journal) -> None:
+        """Nobody watches; a rank that waits for too long raises and says in what."""
 
     def stop_requested(self) -> bool:
         return self.signals.requested

@@ -10,23 +10,29 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from longtrain.cluster.controller import Done, Pulse
+from longtrain.cluster.controller import Done
 from longtrain.cluster.mailbox import BEAT_SECONDS
+from longtrain.cluster.pulse import Pulse
 from longtrain.cluster.ranks import Place
+from longtrain.comm.journal import Journal
 from longtrain.core import errors
 from longtrain.core.errors import LongtrainError
 
 _HOST_STORE = "longtrain.comm.rendezvous:host_store"
 _PR_SET_PDEATHSIG = 1
 _FLUSH_SECONDS = 10.0
+_STACK_SECONDS = 2.0
+"""A rank that has not gone on for so long tells where its main thread is."""
+_STACK_FRAMES = 12
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,20 @@ class Raised:
 class Heart:
     """The worker's side of the mailbox, and the `Listener` of `run_rank`.
 
-    A daemon thread pushes at once when there are events and every `BEAT_SECONDS` otherwise.
+    A daemon thread pushes at once when there are events and every `BEAT_SECONDS` otherwise. The thread that makes the
+    heart is the one whose stack is told when it has not gone on for a while.
     """
 
     def __init__(self, push: Callable[[Pulse, int, list[Any]], bool]) -> None:
         self._push = push
         self._changed = threading.Condition()
-        self._phase, self._step, self._count = "start", 0, 0
+        self._watched = threading.get_ident()
+        self._journal = Journal()
+        # Replaced as a whole: phase, step, phases entered, steps among them.
+        self._place = ("start", 0, 0, 0)
+        self._count = 0
+        self._position: tuple[int, int] = (0, 0)
+        self._moved = time.monotonic()
         self._unsent: list[Any] = []
         self._sent = 0
         self._stop = self._closed = False
@@ -95,7 +108,11 @@ class Heart:
             self._changed.notify()
 
     def phase(self, name: str, step: int) -> None:
-        self._phase, self._step = name, step
+        _, _, phases, steps = self._place
+        self._place = (name, step, phases + 1, steps + (name == "step"))
+
+    def watch(self, journal: Journal) -> None:
+        self._journal = journal
 
     def stop_requested(self) -> bool:
         return self._stop
@@ -114,7 +131,7 @@ class Heart:
                     self._changed.wait(BEAT_SECONDS)
                 closed, events = self._closed, list(self._unsent)
                 self._count += 1
-                pulse = Pulse(self._phase, self._step, self._count)
+                pulse = self._pulse()
             try:
                 self._stop = self._push(pulse, self._sent, events) or self._stop
             except ray.exceptions.RayError:
@@ -128,6 +145,16 @@ class Heart:
                 self._sent += len(events)
                 if closed and not self._unsent:
                     return
+
+    def _pulse(self) -> Pulse:
+        phase, step, phases, steps = self._place
+        pulse = Pulse(phase, step, self._count, phases, steps, self._journal.standing())
+        if pulse.position != self._position:
+            self._position, self._moved = pulse.position, time.monotonic()
+        frame = sys._current_frames().get(self._watched)
+        if frame is None or time.monotonic() - self._moved < _STACK_SECONDS:
+            return pulse
+        return replace(pulse, stack="".join(traceback.format_stack(frame, _STACK_FRAMES)))
 
 
 def named(name: str) -> Callable[..., Any]:

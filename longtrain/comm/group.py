@@ -5,8 +5,9 @@ them, which keeps every rank's collectives in the same order in both passes. A g
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longtrain.comm.journal import Journal, list_ranks
+
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 """A collective that takes longer has lost a rank."""
 
@@ -22,9 +25,8 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=5)
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-Work = dist.Work
-"""Something that has begun; `wait` for it."""
 Result = TypeVar("Result")
+Surround = Callable[[], AbstractContextManager[None]]
 
 
 def options(backend: str, timeout: timedelta) -> Any:
@@ -48,26 +50,39 @@ class Pending(Generic[Result]):
     """Transfers that have begun, and what they bring."""
 
     result: Result
-    works: Sequence[Work] = ()
+    works: Sequence[dist.Work] = ()
     sent: Sequence[Tensor] = ()
     """Kept until the transfers are over."""
+    inside: Surround = nullcontext
+    """Surrounds the wait."""
 
     def wait(self) -> Result:
         """What has come. On a GPU the stream waits, not the host."""
-        for work in self.works:
-            work.wait()
+        with self.inside():
+            for work in self.works:
+                work.wait()
         return self.result
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that share an axis; `rank` is this process's index in it."""
+    """Ranks that share an axis; `rank` is this process's index in it.
+
+    Every method that exchanges raises ExchangeFailed where another rank is late or gone.
+    """
 
     rank: int
     size: int
     handle: dist.ProcessGroup | None = None
     node_size: int = 1
     """Ranks in a row that share a node, as far as is known; a divisor of `size`."""
+    name: str = "the group"
+    members: Sequence[int] = ()
+    """Ranks of the job, in the order of the group; empty where they are the same as in the group."""
+    journal: Journal = field(default_factory=Journal, compare=False)
+    """Of this process; all its groups write into one."""
+    timeout: timedelta = COLLECTIVE_TIMEOUT
+    """Of groups that are split off."""
 
     def split(self, inner: int) -> "tuple[Group, Group]":
         """This rank's group of `inner` neighbours, and its group of the ranks with the same place among theirs.
@@ -88,8 +103,11 @@ class Group:
         handle = None
         if len(ranks) > 1:
             members = dist.get_process_group_ranks(self.handle)
-            handle = new_group([members[rank] for rank in ranks], COLLECTIVE_TIMEOUT, alone=True)
-        return Group(ranks.index(self.rank), len(ranks), handle)
+            handle = new_group([members[rank] for rank in ranks], self.timeout, alone=True)
+        job_ranks = self._job_ranks(ranks)
+        name = f"{list_ranks(job_ranks)} of {self.name}"
+        self.journal.add_group(name)
+        return Group(ranks.index(self.rank), len(ranks), handle, 1, name, job_ranks, self.journal, self.timeout)
 
     @cached_property
     def _splits(self) -> "dict[int, tuple[Group, Group]]":
@@ -100,7 +118,8 @@ class Group:
         if self.size == 1:
             return [tensor]
         gathered = tensor.new_empty(self.size * tensor.numel())
-        _all_gather(gathered, tensor.flatten(), group=self.handle)
+        with self._inside("all_gather"):
+            _all_gather(gathered, tensor.flatten(), group=self.handle)
         return list(gathered.view(self.size, *tensor.shape))
 
     def all_gather_rows(self, tensor: Tensor, counts: Sequence[int]) -> list[Tensor]:
@@ -120,12 +139,13 @@ class Group:
         padded = parts[0].new_zeros(self.size, parts[0].shape[0], longest, *parts[0].shape[2:])
         for row, part in zip(padded, parts, strict=True):
             row[:, : part.shape[1]] = part
-        if padded.is_cuda:
-            mine = torch.empty_like(padded[0])
-            _reduce_scatter(mine, padded, group=self.handle)
-        else:  # gloo has no reduce-scatter
-            dist.all_reduce(padded, group=self.handle)
-            mine = padded[self.rank]
+        with self._inside("reduce_scatter"):
+            if padded.is_cuda:
+                mine = torch.empty_like(padded[0])
+                _reduce_scatter(mine, padded, group=self.handle)
+            else:  # gloo has no reduce-scatter
+                dist.all_reduce(padded, group=self.handle)
+                mine = padded[self.rank]
         return mine[:, : parts[self.rank].shape[1]].contiguous()
 
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -135,14 +155,16 @@ class Group:
         sent = torch.cat([part.flatten() for part in parts])
         counts = [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(counts))
-        dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts], group=self.handle)
+        with self._inside("all_to_all"):
+            dist.all_to_all_single(received, sent, counts, [part.numel() for part in parts], group=self.handle)
         return [part.view(shape) for part, shape in zip(received.split(counts), shapes, strict=True)]
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; returns its argument."""
         if self.size > 1:
             whole = tensor.contiguous()  # NCCL takes nothing else
-            dist.all_reduce(whole, group=self.handle)
+            with self._inside("all_reduce"):
+                dist.all_reduce(whole, group=self.handle)
             if whole is not tensor:
                 tensor.copy_(whole)
         return tensor
@@ -165,5 +187,16 @@ class Group:
             for peer, tensor in pairs
             if tensor.numel()
         ]
-        works = dist.batch_isend_irecv(operations) if operations else ()
-        return Pending(result, works, [tensor for _, tensor in sent])
+        if not operations:
+            return Pending(result)
+        peers = sorted({peer for peer, tensor in (*sends, *receives) if tensor.numel()})
+        with self._inside("exchange", peers):
+            works = dist.batch_isend_irecv(operations)
+        return Pending(result, works, [tensor for _, tensor in sent], lambda: self._inside("exchange", peers))
+
+    def _inside(self, operation: str, peers: Iterable[int] | None = None) -> AbstractContextManager[None]:
+        """Surrounds an exchange in the journal: a collective, or with `peers` (indices in the group) a transfer."""
+        return self.journal.inside(operation, self.name, None if peers is None else self._job_ranks(peers))
+
+    def _job_ranks(self, ranks: Iterable[int]) -> tuple[int, ...]:
+        return tuple(self.members[rank] if self.members else rank for rank in ranks)

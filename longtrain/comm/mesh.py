@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from longtrain.comm.group import COLLECTIVE_TIMEOUT, Group, new_group, options
+from longtrain.comm.journal import Journal, list_ranks
+
+_WORLD = "the world"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Mesh:
     """Ranks that hold the same part of different sequences."""
     sequence: Group
     """Ranks that share a sequence."""
+    journal: Journal
+    """What this process has exchanged in all its groups."""
 
     @property
     def is_writer(self) -> bool:
@@ -46,10 +51,15 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     num_data = size // sequence_size
     sequences = [[d * sequence_size + s for s in range(sequence_size)] for d in range(num_data)]
     data = [list(column) for column in zip(*sequences, strict=True)]
+    journal = Journal()
+    journal.add_group(_WORLD)
+    handle = dist.group.WORLD if size > 1 else None
+    sequence = _own_group("sequence", sequences, rank, timeout, journal)
     return Mesh(
-        world=Group(rank, size, dist.group.WORLD if size > 1 else None),
-        data=_own_group(data, rank, timeout),
-        sequence=replace(_own_group(sequences, rank, timeout), node_size=_in_a_node(sequence_size)),
+        world=Group(rank, size, handle, 1, _WORLD, range(size), journal, timeout),
+        data=_own_group("data", data, rank, timeout, journal),
+        sequence=replace(sequence, node_size=_in_a_node(sequence_size)),
+        journal=journal,
     )
 
 
@@ -58,7 +68,7 @@ def _in_a_node(size: int) -> int:
     return math.gcd(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
-def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group:
+def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelta, journal: Journal) -> Group:
     """Create the groups of an axis (a collective call, in the same order on every rank) and return this rank's.
 
     An axis over all ranks is the world's own group: every group costs threads, and with NCCL memory.
@@ -70,8 +80,10 @@ def _own_group(members: list[list[int]], rank: int, timeout: timedelta) -> Group
         else:
             handle = new_group(ranks, timeout) if len(ranks) > 1 else None
         if rank in ranks:
-            own = Group(ranks.index(rank), len(ranks), handle)
+            name = f"{axis} {list_ranks(ranks)}"
+            own = Group(ranks.index(rank), len(ranks), handle, 1, name, tuple(ranks), journal, timeout)
     assert own is not None
+    journal.add_group(own.name)
     return own
 
 

@@ -32,6 +32,10 @@ class WorkerFailed(LongtrainError):
     """A worker died or raised more often than `cluster.max_failures` allows; names the rank and the cause."""
 
 
+class ExchangeFailed(LongtrainError):
+    """A rank waited in vain for others in a collective or a transfer; names it, its group and the seconds."""
+
+
 class Diverged(LongtrainError):
     """Loss or gradient is not finite. The same step would end the same way, so it is not tried again."""
 

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from longtrain.comm.journal import Journal
 from longtrain.telemetry.events import Event
 
 
@@ -13,7 +14,14 @@ class Listener(Protocol):
         ...
 
     def phase(self, name: str, step: int) -> None:
-        """Every rank, on the main thread, cheap: `start`, `load`, `step`, `checkpoint`, `done`."""
+        """Every rank, on the main thread, cheap: `start`, `join`, `load`, `step`, `checkpoint`, `done`.
+
+        All ranks enter the same phases in the same order, so that one that stays behind can be told.
+        """
+        ...
+
+    def watch(self, journal: Journal) -> None:
+        """Every rank, once, between `join` and `load`: what it exchanges with others will be in `journal`."""
         ...
 
     def stop_requested(self) -> bool:

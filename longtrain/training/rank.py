@@ -3,12 +3,13 @@
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
 from longtrain.checkpoint.store import CheckpointStore
-from longtrain.comm.mesh import build_mesh, process_group
+from longtrain.comm.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh, process_group
 from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import open_corpus
@@ -21,7 +22,7 @@ from longtrain.telemetry.records import RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
-from longtrain.training.loop import Loop, Progressed
+from longtrain.training.loop import Loop
 from longtrain.training.resume import identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -39,30 +40,29 @@ class Outcome:
     """Whether it was asked to stop before the last step; a checkpoint of `step` is committed."""
 
 
-def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
+def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Outcome:
     """Train, or go on training, as the rank that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Raises Refused for what the user can mend, CorruptCheckpoint and CorruptData where stored bytes are wrong.
+    Raises Refused for what the user can mend, CorruptCheckpoint and CorruptData where stored bytes are wrong, and
+    ExchangeFailed where another rank is gone, or `timeout` late in an exchange.
     """
     listener.phase("start", 0)
     device = pick_device(config.engine.device)
     backend = _pick_kernels(config, device)
-    registry = Registry(config.plugins)
-    with process_group(device):
-        mesh = build_mesh(config.sequence_parallel.size)
-        directory = run_directory(config)
-        directory.mkdir(parents=True, exist_ok=True)
+    registry, cut = Registry(config.plugins), config.sequence_parallel
+    listener.phase("join", 0)
+    with process_group(device, timeout):
+        mesh = build_mesh(cut.size, timeout)
+        listener.watch(mesh.journal)
+        directory = make_run_directory(config)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
             corpus = open_corpus(config.data, registry, config.seed)
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
-            batch = Batch(config.batch_size // mesh.data.size, config.context_length)
-            autocast = engine.autocast(device)
-            algorithms, choices = name_algorithms(
-                config.sequence_parallel, model, batch, mesh.sequence, device, autocast, registry
-            )
-            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep)
+            batch, autocast = _local_batch(config, mesh), engine.autocast(device)
+            algorithms, choices = name_algorithms(cut, model, batch, mesh.sequence, device, autocast, registry)
+            store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)
             start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
@@ -83,24 +83,21 @@ def run_rank(config: TrainingConfig, listener: Listener) -> Outcome:
                     )
                 )
             objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
-            loop = Loop(
+            end = Loop(
                 config=config,
                 mesh=mesh,
                 device=device,
                 model=model,
                 objective=objective.Objective(config.objective),
                 engine=engine,
-                reader=BatchReader(
-                    corpus, config.context_length, config.batch_size, config.sequence_parallel.layout, mesh, device
-                ),
+                reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
                 make_sequence=sequence_maker(algorithms, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
                 identity=identity(config, corpus),
                 attempt=start.attempt,
-            )
-            end: Progressed = loop.run(start.step, start.tokens)
+            ).run(start.step, start.tokens)
     listener.phase("done", end.step)
     return Outcome(step=end.step, tokens=end.tokens, preempted=end.step < config.steps)
 
@@ -111,11 +108,17 @@ def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
     return pick_backend(config.mixer.backend, device, config.engine.precision)
 
 
-def run_directory(config: TrainingConfig) -> Path:
-    """`<run.dir>/<run.name>`. Raises Refused where the name has not been filled in."""
+def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
+    return Batch(config.batch_size // mesh.data.size, config.context_length)
+
+
+def make_run_directory(config: TrainingConfig) -> Path:
+    """`<run.dir>/<run.name>`, made where it is missing. Raises Refused where the name has not been filled in."""
     if config.run.name is None:
         raise Refused("run.name is not set; give the run a name")
-    return config.run.dir / config.run.name
+    directory = config.run.dir / config.run.name
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def pick_device(choice: str) -> torch.device:

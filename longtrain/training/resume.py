@@ -54,7 +54,7 @@ def resume(
     itself. Raises Refused where the checkpoint is of other data or of another model.
     """
     found = store.newest()
-    committed = decide(lambda: records.committed_steps() if records is not None else 0)
+    committed = decide(lambda: records.committed_steps() if records is not None else 0, store.journal)
     if found is not None and config.resume == "never":
         raise Refused(
             f"resume=never, but {found.path} exists; choose another run.name, or resume=auto to go on from it"

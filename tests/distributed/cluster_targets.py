@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from longtrain.comm.journal import Journal
 from longtrain.core.errors import CorruptData
 from tests.distributed.cluster_events import Committed, Outcome
 
@@ -41,6 +42,9 @@ def train(tree, plugins, listener):
     committed = directory / "committed"
     first = int(committed.read_text()) if committed.exists() else 0
     distributed.barrier()
+    journal = Journal()
+    journal.add_group("the world")
+    listener.watch(journal)
     if rank == 0:
         listener.event(Committed(first))
     for step in range(first, tree["steps"]):
@@ -49,7 +53,8 @@ def train(tree, plugins, listener):
         time.sleep(tree.get("step_seconds", 0.02))
         _misbehave(tree, directory, rank, step)
         total = torch.tensor([rank + 1.0, float(listener.stop_requested())])
-        distributed.all_reduce(total)
+        with journal.inside("all_reduce", "the world"):
+            distributed.all_reduce(total)
         if rank == 0:
             with (directory / "ledger").open("a") as ledger:
                 ledger.write(f"{step} {int(total[0])}\n")
@@ -77,6 +82,9 @@ def _misbehave(tree, directory, rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
         case "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "loop":
+            while True:
+                pass
         case "raise":
             raise ValueError("three is not a number of tokens")
         case "refuse":

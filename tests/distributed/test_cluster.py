@@ -52,6 +52,7 @@ def run(address, tmp_path):
 
     def start(target="train", *, fault=None, stop_at=None, max_failures=3, workers=2, resources=None, **limits):
         limits = {"start_timeout_seconds": 60.0, "heartbeat_timeout_seconds": 30.0} | limits
+        limits = {"hang_timeout_seconds": 30.0} | limits
         cluster = ClusterConfig(address, workers, resources or {"CPU": 1}, None, max_failures, **limits)
         tree = {"directory": str(tmp_path), "steps": STEPS, "fault": fault}
         work = Work(tree, (tmp_path,), str(tmp_path), target=f"tests.distributed.cluster_targets:{target}")
@@ -109,6 +110,21 @@ def test_a_frozen_worker_is_named_and_replaced(run, tmp_path):
     assert (silent["kind"], silent["rank"]) == ("silent", 1)
     # The last beat may be half a second old when the worker freezes; a look is taken every 0.2 s.
     assert 2.0 < silent["time"] - fault_time(tmp_path) < 6.0
+
+
+def test_a_worker_that_loops_for_ever_is_named_with_its_place_and_replaced(run, tmp_path):
+    result, watcher = run(fault={"kind": "loop", "rank": 1, "step": 3}, hang_timeout_seconds=4.0)
+    assert result.state is State.FINISHED
+    hang = watcher.incidents[0]
+    assert (hang["kind"], hang["rank"], hang["ranks"], hang["committed_step"]) == ("hang", 1, [1], 2)
+    assert hang["places"] == {
+        "in all_reduce 4 of the world, step 4": [0],
+        "after all_reduce 3 of the world, step 4": [1],
+    }
+    assert "rank 1 (process " in hang["message"] and "holds up rank 0 in all_reduce 4 of the world" in hang["message"]
+    assert "in _misbehave" in hang["traceback"]
+    # A look is taken every 0.2 s, and news are half a second old.
+    assert 3.0 < hang["time"] - fault_time(tmp_path) < 8.0
 
 
 def test_a_refusal_inside_a_worker_arrives_as_it_was_raised_and_is_not_retried(run, capfd):

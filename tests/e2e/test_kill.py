@@ -1,4 +1,4 @@
-"""kill -9, of a worker or of the whole command: the same command again ends with the bits of an undisturbed run."""
+"""kill -9, of a worker or of the whole command, and workers that hang: the end is the bits of an undisturbed run."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 import psutil
 import pytest
@@ -18,6 +19,32 @@ from tests.harness.cli import SMALL, start, succeed
 STEPS = 12
 COMMAND = ("train", *SMALL, f"steps={STEPS}", "checkpoint.every_steps=3", "checkpoint.keep=2")
 TIMEOUT = 120
+SLEEPER = '''
+    """Next-token prediction, but rank 1 falls asleep in the middle of its fifth step, once."""
+
+    import os
+    import time
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    from longtrain.objectives import next_token
+
+
+    @dataclass(frozen=True)
+    class Config:
+        name: str
+
+
+    class Objective(next_token.Objective):
+        steps = 0
+
+        def loss_sum(self, hidden, head, labels):
+            self.steps += 1
+            if self.steps == 5 and os.environ["RANK"] == "1" and not Path("has-slept").exists():
+                Path("has-slept").touch()
+                time.sleep(3600)
+            return super().loss_sum(hidden, head, labels)
+'''
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,6 +112,31 @@ def test_a_killed_worker_costs_nothing(
     assert process.returncode == 0, f"{output}\n{errors}"
     incidents = [json.loads(line) for line in (folder / "runs" / "run" / "incidents.jsonl").read_text().splitlines()]
     assert incidents, "the death of a worker was not recorded"
+    assert_same_bits(folder, undisturbed)
+    assert_records(folder)
+
+
+def test_workers_that_hang_or_are_stopped_cost_nothing_and_are_named(
+    tmp_path: Path, undisturbed: dict[str, torch.Tensor]
+) -> None:
+    folder = tmp_path / "job"
+    for name, text in {"objectives/sleeper.py": SLEEPER, "conf/objective/sleeper.yaml": "name: sleeper"}.items():
+        (folder / "plugin" / name).parent.mkdir(parents=True)
+        (folder / "plugin" / name).write_text(dedent(text).lstrip())
+    hang = ("plugins=[plugin]", "objective=sleeper", "cluster.hang_timeout_seconds=5")
+    process = start(folder, *COMMAND, *hang)
+    wait_for_step(folder, 5)  # only the second attempt gets there
+    os.kill(writer(folder), signal.SIGSTOP)
+    output, errors = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0, f"{output}\n{errors}"
+    lines = (folder / "runs" / "run" / "incidents.jsonl").read_text().splitlines()
+    slept, _, stopped, _ = incidents = [json.loads(line) for line in lines]
+    assert [incident["kind"] for incident in incidents] == ["hang", "recovered", "silent", "recovered"]
+    assert (slept["details"]["ranks"], slept["details"]["step"]) == ([1], 4)
+    assert "holds up rank 0 in " in slept["message"]
+    assert "in loss_sum" in slept["details"]["traceback"]
+    assert stopped["details"]["ranks"] == [0]
+    assert "not heard of" in stopped["message"]
     assert_same_bits(folder, undisturbed)
     assert_records(folder)
 

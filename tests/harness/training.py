@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longtrain.checkpoint.config import CheckpointConfig
+from longtrain.comm.journal import Journal
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.data.sources import text
@@ -83,6 +84,7 @@ class Recorder:
     stop_after: int | None = None
     events: list[Event] = field(default_factory=list)
     steps: int = 0
+    journal: Journal = field(default_factory=Journal)
 
     def event(self, event: Event) -> None:
         """Keep it."""
@@ -91,6 +93,10 @@ class Recorder:
     def phase(self, name: str, step: int) -> None:
         """Count steps."""
         self.steps += name == "step"
+
+    def watch(self, journal: Journal) -> None:
+        """Keep it."""
+        self.journal = journal
 
     def stop_requested(self) -> bool:
         """After the given number of steps."""

@@ -2,9 +2,10 @@
 
 import pytest
 
-from longtrain.cluster.controller import Controller, Done, Limits, Pulse, Report, State
+from longtrain.cluster.controller import Controller, Done, Limits, Report, State
 from longtrain.cluster.failure import Failure, Fault, GiveUp, Restart
-from longtrain.core.errors import CorruptData, LongtrainError, Refused, WorkerFailed
+from longtrain.cluster.pulse import Pulse
+from longtrain.core.errors import CorruptData, ExchangeFailed, LongtrainError, Refused, WorkerFailed
 
 
 class Clock:
@@ -52,6 +53,9 @@ class FakeGroup:
     def release(self):
         self.calls.append("release")
 
+    def name(self, rank):
+        return f"rank {rank}"
+
 
 class FakePolicy:
     def __init__(self, *decisions):
@@ -81,10 +85,10 @@ class FakeObserver:
 class Machine:
     """A controller and all its fakes."""
 
-    def __init__(self, *decisions, heartbeat_timeout=10.0):
+    def __init__(self, *decisions, heartbeat_timeout=10.0, hang_timeout=1000.0):
         self.clock = Clock()
         self.group, self.policy, self.observer = FakeGroup(self.clock), FakePolicy(*decisions), FakeObserver()
-        limits = Limits(start_timeout_seconds=30.0, heartbeat_timeout_seconds=heartbeat_timeout)
+        limits = Limits(30.0, heartbeat_timeout, hang_timeout)
         self.controller = Controller(
             self.group, self.policy, self.observer, limits, clock=self.clock, sleep=self.clock.sleep
         )
@@ -200,6 +204,33 @@ def test_a_silent_rank_is_named_and_a_rank_that_beats_or_is_done_is_not():
     failure = machine.policy.asked[0][0]
     assert (failure.fault, failure.rank) == (Fault.SILENT, 1)
     assert "rank 1" in failure.message and "10 s" in failure.message
+
+
+def test_a_rank_that_keeps_others_waiting_ends_the_attempt_although_it_beats():
+    machine = Machine(Restart(0.0), hang_timeout=5.0).until_running()
+    count = 0
+    while machine.state is State.RUNNING:
+        count += 1
+        machine.clock.now += 0.5
+        machine.step(Report(pulses={0: Pulse("step", 7, count, 5, 2), 1: Pulse("step", 6, count, 4, 2, stack="main")}))
+        assert count < 30
+    failure = machine.policy.asked[0][0]
+    assert (failure.fault, failure.rank, failure.step, failure.traceback) == (Fault.HANG, 1, 6, "main")
+    details = machine.observer.incidents[0][2]
+    assert details["ranks"] == [1] and details["places"] == {"in step 8": [0], "in step 7": [1]}
+    assert 10 <= count <= 12
+
+
+def test_an_exchange_that_failed_is_blamed_after_any_other_exception_and_told_with_its_rank():
+    machine = Machine(GiveUp("enough")).until_running()
+    failed = ExchangeFailed("all_reduce 3 of the world failed after 300 s")
+    waited = Failure(Fault.RAISED, 0, f"rank 0 raised ExchangeFailed: {failed}", failed)
+    machine.step(Report(failures=(waited, Failure(Fault.RAISED, 1, "rank 1 raised ValueError: x"))))
+    assert machine.policy.asked[0][0].rank == 1
+    machine = Machine(GiveUp("enough")).until_running()
+    machine.step(Report(failures=(waited,)))
+    assert type(machine.result.error) is WorkerFailed
+    assert str(machine.result.error).startswith("rank 0 raised ExchangeFailed: all_reduce 3 of the world")
 
 
 def test_an_old_pulse_is_no_sign_of_life():

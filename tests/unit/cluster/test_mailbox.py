@@ -2,8 +2,8 @@
 
 import asyncio
 
-from longtrain.cluster.controller import Pulse
 from longtrain.cluster.mailbox import Mailbox
+from longtrain.cluster.pulse import Pulse
 
 
 def pulse(count):

@@ -7,6 +7,7 @@ import ray
 
 from longtrain.cluster.group import actor_resources, check_resources
 from longtrain.cluster.worker import Heart, Raised
+from longtrain.comm.journal import Journal
 from longtrain.core.errors import CorruptData, LongtrainError, Refused
 
 
@@ -63,6 +64,26 @@ def test_the_heart_delivers_all_events_before_it_closes_and_hears_a_stop():
     counts = [count for _, _, count, _, _ in delivered]
     assert counts == sorted(set(counts))
     assert delivered[-1][:2] == ("step", 3)
+
+
+def test_the_heart_tells_how_far_the_rank_is_and_where_it_stands_still(monkeypatch):
+    monkeypatch.setattr("longtrain.cluster.worker._STACK_SECONDS", 0.0)
+    pulses = []
+    heart = Heart(lambda pulse, first, events: pulses.append(pulse) or False)
+    journal = Journal()
+    heart.watch(journal)
+    heart.phase("step", 3)
+    heart.phase("checkpoint", 4)
+    with journal.inside("all_reduce", "the world"):
+        heart.event("push now")
+        while not (pulses and pulses[-1].exchanges.inside):
+            time.sleep(0.01)
+        inside = pulses[-1]
+    heart.close()
+    assert (inside.phases, inside.steps) == (2, 1)
+    assert str(inside) == "in all_reduce 1 of the world, the checkpoint of step 4"
+    assert "test_worker.py" in inside.stack and "time.sleep" in inside.stack
+    assert pulses[-1].position != inside.position
 
 
 @pytest.mark.parametrize(
