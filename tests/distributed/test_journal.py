@@ -52,7 +52,10 @@ def waits(use: str) -> str | None:
         time.sleep(2.5)
         return None
     with pytest.raises(ExchangeFailed) as failed:
-        getattr(group, use)(torch.ones(3), *([1] if use == "receive" else []))
+        if use == "all_gather":
+            group.all_gather(torch.ones(3))
+        else:
+            group.exchange([], [(1, torch.ones(3))])
     assert group.journal.standing().inside
     return str(failed.value)
 
@@ -61,7 +64,7 @@ def waits(use: str) -> str | None:
     ("use", "named"),
     [
         ("all_gather", "all_gather 1 of sequence ranks 6 and 7"),
-        ("receive", "receive with rank 7 of sequence ranks 6 and 7"),
+        ("exchange", "exchange with rank 7 of sequence ranks 6 and 7"),
     ],
 )
 def test_a_rank_that_waits_in_vain_says_in_what(rank_pool: Callable[[int], RankPool], use: str, named: str) -> None:
