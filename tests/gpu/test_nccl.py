@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -45,10 +46,9 @@ def errors_on_gpu() -> dict[str, float]:
     cases: list[Case] = []
     with process_group(device, timedelta(minutes=2)):
         for layout in LAYOUTS:
-            for pattern in (("softmax",), HYBRID):
-                for length in (3, 9, 67):
-                    cases += [Case(pattern, length, attend=attend, layout=layout) for attend in ATTENDS]
-                    cases += [Case(pattern, length, scan=scan, layout=layout) for scan in SCANS]
+            for length in (3, 67):  # on 4 ranks some have none of 3 tokens
+                cases += [Case(("softmax",), length, attend=attend, layout=layout) for attend in ATTENDS]
+                cases += [Case(HYBRID, length, scan=scan, layout=layout) for scan in SCANS]
             cases += [Case(length=37, attend=attend, layout=layout, chunk_tokens=5) for attend in ATTENDS]
         errors = {str(case): model_error(case, str(device)) for case in cases}
     return errors
@@ -94,21 +94,32 @@ def half_excess() -> dict[str, str]:
     with process_group(device, timedelta(minutes=2)):
         group = build_mesh(dist.get_world_size()).sequence
         for case in half_cases():
-            starts = awkward_starts(HALF_LENGTH, (400, 751)) if case.packed else ((0,), (0,))
-            alone, cut = (SequenceLayout(HALF_LENGTH, n, starts, kind=case.layout) for n in (1, group.size))
+            exact, one = half_alone(case.mixer, case.packed, device)
+            layout = SequenceLayout(HALF_LENGTH, group.size, half_starts(case.packed), kind=case.layout)
             model, tokens, cotangent = half_model(case.mixer, device)
-            index = Shard(cut, group, device).index
-            exact = run_layer(model.double(), tokens, cotangent.double(), alone, Group(0, 1), LOCAL, False)
-            model.float()
-            one = run_layer(model, tokens, cotangent, alone, Group(0, 1), LOCAL, True)
-            several = run_layer(model, tokens, cotangent, cut, group, algorithms(case.scan, case.attend), True)
+            several = run_layer(model, tokens, cotangent, layout, group, algorithms(case.scan, case.attend), True)
             several[1:] = [group.all_reduce(grad) for grad in several[1:]]
-            exact[0], one[0] = exact[0][:, index], one[0][:, index]
-            pairs = [(error(a, x), error(b, x)) for a, b, x in zip(several, one, exact, strict=True)]
+            index = Shard(layout, group, device).index
+            pairs = [(error(several[0], exact[0][:, index]), error(one[0][:, index], exact[0][:, index]))]
+            pairs += [(error(a, x), error(b, x)) for a, b, x in zip(several[1:], one[1:], exact[1:], strict=True)]
             found = [(i, a, b) for i, (a, b) in enumerate(pairs) if not a <= HALF_FACTOR * b + HALF_FLOOR]
             if found:
                 wrong[str(case)] = str(found[:4])
     return wrong
+
+
+def half_starts(packed: bool) -> tuple[tuple[int, ...], ...]:
+    return awkward_starts(HALF_LENGTH, (400, 751)) if packed else ((0,), (0,))
+
+
+@cache  # algorithms and layouts share it
+def half_alone(mixer: str, packed: bool, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """On one GPU: in float64, and in bfloat16."""
+    layout = SequenceLayout(HALF_LENGTH, 1, half_starts(packed))
+    model, tokens, cotangent = half_model(mixer, device)
+    one = run_layer(model, tokens, cotangent, layout, Group(0, 1), LOCAL, True)
+    exact = run_layer(model.double(), tokens, cotangent.double(), layout, Group(0, 1), LOCAL, False)
+    return exact, one
 
 
 def half_model(mixer: str, device: torch.device) -> tuple[Model, Tensor, Tensor]:
