@@ -124,7 +124,9 @@ class SilentGroup(Group):
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """What would be sent, cut into the shapes that would arrive."""
         counts = [math.prod(shape) for shape in shapes]
-        flat = torch.cat([part.flatten() for part in parts])
+        flat = parts[0].new_empty(sum(part.numel() for part in parts))
+        for packed, part in zip(flat.split([part.numel() for part in parts]), parts, strict=True):
+            packed.view(part.shape).copy_(part)
         if len(flat) < sum(counts):
             flat = torch.cat([flat, flat.new_zeros(sum(counts) - len(flat))])
         return [part.view(shape) for part, shape in zip(flat[: sum(counts)].split(counts), shapes, strict=True)]

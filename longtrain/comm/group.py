@@ -152,7 +152,9 @@ class Group:
         """Part r goes to rank r; returns what every rank sent here, of the given shapes and the parts' dtype."""
         if self.size == 1:
             return list(parts)
-        sent = torch.cat([part.flatten() for part in parts])
+        sent = parts[0].new_empty(sum(part.numel() for part in parts))
+        for packed, part in zip(sent.split([part.numel() for part in parts]), parts, strict=True):
+            packed.view(part.shape).copy_(part)
         counts = [math.prod(shape) for shape in shapes]
         received = sent.new_empty(sum(counts))
         with self._inside("all_to_all"):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.shard import Team
+from longtrain.sequence_parallel.shard import Team, by_rank, in_order
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -44,18 +44,18 @@ class HeadExchange:
         """`to_heads` without gradients."""
         group, mine = self.team.group, self.heads[self.team.group.rank]
         shapes = [(x.shape[0], count, mine.stop - mine.start, *x.shape[3:]) for count in self.team.counts]
-        parts = group.all_to_all([x[:, :, heads] for heads in self.heads], shapes)
-        return torch.cat(parts, dim=1)[:, self.team.order]
+        return in_order(group.all_to_all([x[:, :, heads] for heads in self.heads], shapes), self.team.pieces)
 
     def scatter(self, x: Tensor) -> Tensor:
         """Its transpose: what several ranks have of a head is summed."""
         group = self.team.group
-        by_rank = torch.empty_like(x)
-        by_rank[:, self.team.order] = x
         length = self.team.counts[group.rank]
         shapes = [(x.shape[0], length, heads.stop - heads.start, *x.shape[3:]) for heads in self.heads]
+        parts = group.all_to_all(by_rank(x, self.team.pieces, group.size), shapes)
+        if sum(heads.stop - heads.start for heads in self.heads) == self.total:
+            return torch.cat(parts, dim=2)
         result = x.new_zeros(x.shape[0], length, self.total, *x.shape[3:])
-        for heads, part in zip(self.heads, group.all_to_all(by_rank.split(self.team.counts, 1), shapes), strict=True):
+        for heads, part in zip(self.heads, parts, strict=True):
             result[:, :, heads] += part
         return result
 

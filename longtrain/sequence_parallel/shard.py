@@ -117,14 +117,32 @@ class Team:
         return [tokens.count for tokens in self.held]
 
     @cached_property
-    def order(self) -> Tensor:
-        """Where the chunk's tokens in ascending order are, when gathered rank by rank."""
-        return self._order(self.tokens)
+    def pieces(self) -> list[tuple[int, slice]]:
+        """The chunk in ascending order: of each stretch the rank that has it, and which of that rank's tokens it is."""
+        return _ascending(self.tokens)
 
     @cached_property
-    def held_order(self) -> Tensor:
+    def held_pieces(self) -> list[tuple[int, slice]]:
         """The same of all that they hold."""
-        return self._order(self.held)
+        return _ascending(self.held)
 
-    def _order(self, by_rank: tuple[Tokens, ...]) -> Tensor:
-        return span_index([span for tokens in by_rank for span in tokens.spans], self.device).argsort()
+
+def _ascending(by_rank: tuple[Tokens, ...]) -> list[tuple[int, slice]]:
+    stretches = [
+        (begin, end, rank, tokens.below(begin)) for rank, tokens in enumerate(by_rank) for begin, end in tokens.spans
+    ]
+    return [(rank, slice(at, at + end - begin)) for begin, end, rank, at in sorted(stretches) if end > begin]
+
+
+def in_order(parts: Sequence[Tensor], pieces: list[tuple[int, slice]]) -> Tensor:
+    """[B, tokens of a rank, ...] by rank -> all tokens in ascending order."""
+    return torch.cat([parts[rank][:, piece] for rank, piece in pieces] or [parts[0][:, :0]], dim=1)
+
+
+def by_rank(x: Tensor, pieces: list[tuple[int, slice]], ranks: int) -> list[Tensor]:
+    """The inverse of `in_order`."""
+    stretches = x.split([piece.stop - piece.start for _, piece in pieces], dim=1) if pieces else ()
+    of_rank: list[list[Tensor]] = [[] for _ in range(ranks)]
+    for (rank, _), stretch in zip(pieces, stretches, strict=True):
+        of_rank[rank].append(stretch)
+    return [some[0] if len(some) == 1 else torch.cat([x[:, :0], *some], dim=1) for some in of_rank]
