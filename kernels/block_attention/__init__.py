@@ -7,6 +7,7 @@ before it. Tokens are named by their place in the whole sequence: a block may be
 from longtrain_kernels.block_attention.attention import BlockAttention
 from longtrain_kernels.block_attention.blocks import Span, Tokens
 from longtrain_kernels.block_attention.choice import AUTO, NAMES
+from longtrain_kernels.block_attention.kernel import Unsupported
 from longtrain_kernels.block_attention.merging import merge_into
 
-__all__ = ["AUTO", "NAMES", "BlockAttention", "Span", "Tokens", "merge_into"]
+__all__ = ["AUTO", "NAMES", "BlockAttention", "Span", "Tokens", "Unsupported", "merge_into"]

@@ -45,7 +45,7 @@ class BlockAttention:
             (then -inf), float32 at least.
 
         Raises:
-            ValueError: where the kernel that was asked for cannot compute it.
+            Unsupported: where the kernel that was asked for cannot compute it.
         """
         calls = self._calls(q, k, v, queries, keys)
         if calls.whole is not None:
@@ -122,11 +122,16 @@ class BlockAttention:
             else:
                 merge_into(*(x[own] for x in result), part, lse.mT)
 
-    def _calls(self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens) -> "_Calls":
-        plan = queries.plan(keys, self.window)
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens) -> Kernel:
+        """What will compute it; the first time it may be measured, which other ranks should not have to wait for.
+
+        Raises Unsupported.
+        """
         recurring = all(len(row) == 1 for row in queries.starts)
-        kernel = choose_kernel(self.kernel, q, k, v, self.window, recurring)
-        return _Calls(plan, kernel, self.window, q)
+        return choose_kernel(self.kernel, q, k, v, self.window, recurring)
+
+    def _calls(self, q: Tensor, k: Tensor, v: Tensor, queries: Tokens, keys: Tokens) -> "_Calls":
+        return _Calls(queries.plan(keys, self.window), self.choose(q, k, v, queries), self.window, q)
 
 
 class Gradients:

@@ -4,14 +4,14 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 
 import torch
 from torch import Tensor
 from torch.nn import attention
 
 from longtrain_kernels.block_attention.fused import Cudnn, Flash, FlashOnCpu
-from longtrain_kernels.block_attention.kernel import Kernel, Mask
+from longtrain_kernels.block_attention.kernel import Kernel, Mask, Unsupported
 from longtrain_kernels.block_attention.plain import Plain
 
 AUTO = "auto"
@@ -28,17 +28,19 @@ def choose_kernel(asked: str, q: Tensor, k: Tensor, v: Tensor, window: int | Non
 
     What was asked for need not have windows: layers with one then get what they would without asking.
 
-    Raises ValueError where the one that was asked for cannot compute them.
+    Raises Unsupported where the one that was asked for cannot compute them.
     """
+    if q.device.type == "cuda":
+        _activate_newest_flash()
     flash: Kernel = _FLASH if q.device.type == "cuda" else _FLASH_ON_CPU
     kernel = {"cudnn": _CUDNN, "flash": flash, "plain": _PLAIN}.get(asked)
     if kernel is None and asked != AUTO:
-        raise ValueError(f"{asked!r} is no kernel of block attention: choose {', '.join(NAMES)}")
+        raise Unsupported(f"{asked!r} is no kernel of block attention: choose {', '.join(NAMES)}")
     if kernel is None or (window is not None and not kernel.windows):
         return _automatic(q, k, v, window, recurring)
     problem = kernel.refusal(q, k, v)
     if problem is not None:
-        raise ValueError(f"block attention by {asked} is impossible here, for {problem}: choose auto")
+        raise Unsupported(f"{asked} is impossible here, for {problem}; use auto")
     return kernel
 
 
@@ -57,18 +59,25 @@ def _automatic(q: Tensor, k: Tensor, v: Tensor, window: int | None, recurring: b
 
 @lru_cache
 def _fastest(device: torch.device, dtype: torch.dtype, width: int, group: int) -> Kernel:
-    """Measured once: forward and backward of a causal square."""
-    _activate_newest_flash()
+    """Measured once: forward and backward of a causal square. One that fails is not considered."""
     heads = max(1, _HEADS // group)
-    q = torch.randn(1, _TOKENS, heads * group, width, device=device, dtype=dtype)
-    k = torch.randn(1, _TOKENS, heads, width, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # training's own random numbers go on as if nothing had been
+    q, k = (
+        torch.randn(1, _TOKENS, n, width, device=device, dtype=dtype, generator=generator)
+        for n in (heads * group, heads)
+    )
 
     def step(kernel: Kernel) -> None:
         output, lse = kernel.forward(q, k, k, Mask(True), width**-0.5)
         kernel.backward(output, q, k, k, output, lse, Mask(True), width**-0.5)
 
-    times: dict[Kernel, float] = {kernel: _seconds(partial(step, kernel), device) for kernel in (_CUDNN, _FLASH)}
-    best = min(times, key=times.__getitem__)
+    times: dict[Kernel, float] = {}
+    for kernel in (_CUDNN, _FLASH):
+        try:
+            times[kernel] = _seconds(partial(step, kernel), device)
+        except RuntimeError as error:
+            logger.warning("block attention: %s fails: %s", kernel.name, str(error).strip().splitlines()[0])
+    best: Kernel = min(times, key=times.__getitem__, default=_PLAIN)
     measured = ", ".join(f"{kernel.name} {seconds * 1e3:.2f} ms" for kernel, seconds in times.items())
     _tell(f"{best.name} for {_kind(q)}: {_TOKENS} tokens forward and backward took {measured}")
     return best
@@ -96,6 +105,7 @@ def _seconds(step: Callable[[], None], device: torch.device) -> float:
     return min(times[1:])
 
 
+@cache
 def _activate_newest_flash() -> None:
     """FlashAttention 4 or 3 under PyTorch's operation, where it is installed and nobody has chosen another."""
     if attention.current_flash_attention_impl() is not None:

@@ -30,7 +30,10 @@ class Cudnn(Kernel):
         """See `Kernel`."""
         if not torch.backends.cudnn.is_available():
             return "PyTorch has no cuDNN here"
-        return _refusal(q, v)
+        problem = _refusal(q, v)
+        if problem is None and q.shape[-1] > 128 and torch.cuda.get_device_capability(q.device) < (9, 0):
+            return "heads wider than 128 need a GPU of compute capability 9.0 or newer"
+        return problem
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
         """See `Kernel`; a causal mask only for squares without a window."""
@@ -67,8 +70,6 @@ class Flash(Kernel):
 
     def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """See `Kernel`."""
-        if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or newer"
         return _refusal(q, v)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
@@ -147,6 +148,8 @@ class FlashOnCpu(Kernel):
 def _refusal(q: Tensor, v: Tensor) -> str | None:
     if q.device.type != "cuda":
         return "it runs on NVIDIA GPUs"
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
     if q.dtype not in HALVES:
         return f"it computes bfloat16 and float16, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] != v.shape[-1] or q.shape[-1] % _UNIT or q.shape[-1] > _WIDEST:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+class Unsupported(ValueError):
+    """The kernel that was asked for cannot compute what it is given; the message is one line."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """Which of m keys the i-th of l queries sees."""

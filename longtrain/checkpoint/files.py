@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from longtrain.checkpoint.manifest import FileEntry
@@ -15,11 +15,19 @@ _BLOCK = 16 * 2**20
 _DELETING = ".deleting-"
 
 
+OnBlock = Callable[[], None]
+"""Called after every block that was read or written, some tens of MiB: a sign of life."""
+
+
+def untold() -> None:
+    """For callers whom nobody waits for."""
+
+
 class Unusable(Exception):
     """A stored file is missing, of the wrong size or kind, or unreadable; the message is one line."""
 
 
-def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
+def write_file(path: Path, blocks: Iterable[bytes | memoryview], on_block: OnBlock = untold) -> FileEntry:
     """Write a new file, sync it to the disk and return its size and digest. Raises OSError, naming `path`."""
     digest = hashlib.sha256()
     size = 0
@@ -32,6 +40,7 @@ def write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> FileEntry:
                     piece = view[begin : begin + _BLOCK]
                     digest.update(piece)
                     _write_all(descriptor, piece)
+                    on_block()
                 size += len(view)
             os.fsync(descriptor)
         finally:

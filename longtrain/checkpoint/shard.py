@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from longtrain.checkpoint.files import Unusable, open_file, read_into, write_file
+from longtrain.checkpoint.files import OnBlock, Unusable, open_file, read_into, untold, write_file
 from longtrain.checkpoint.manifest import DTYPES, FileEntry, TensorEntry, tensor_entry
 
 _BLOCK = 16 * 2**20
@@ -35,7 +35,7 @@ def partition(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     return shares
 
 
-def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
+def write_shard(path: Path, tensors: Mapping[str, torch.Tensor], on_block: OnBlock = untold) -> FileEntry:
     """Write tensors (any device, any strides) to a new synced file. Raises OSError, naming `path`."""
     entries = {name: tensor_entry(tensor, path.name) for name, tensor in tensors.items()}
 
@@ -45,10 +45,12 @@ def write_shard(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
             if tensors[name].numel():
                 yield _bytes_of(tensors[name].detach().cpu().contiguous())
 
-    return write_file(path, blocks())
+    return write_file(path, blocks(), on_block)
 
 
-def read_shard(folder: int, name: str, file: FileEntry, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
+def read_shard(
+    folder: int, name: str, file: FileEntry, entries: Mapping[str, TensorEntry], on_block: OnBlock = untold
+) -> dict[str, torch.Tensor]:
     """Read the tensors of one shard to the CPU and check all its bytes. Raises Unusable: nothing may be used then."""
     with _checked(folder, name, file, entries) as (descriptor, digest):
         tensors = {}
@@ -59,10 +61,13 @@ def read_shard(folder: int, name: str, file: FileEntry, entries: Mapping[str, Te
                 view = _bytes_of(tensors[tensor])
                 read_into(descriptor, name, view)
                 digest.update(view)
+                on_block()
         return tensors
 
 
-def check_shard(folder: int, name: str, file: FileEntry, entries: Mapping[str, TensorEntry]) -> None:
+def check_shard(
+    folder: int, name: str, file: FileEntry, entries: Mapping[str, TensorEntry], on_block: OnBlock = untold
+) -> None:
     """Check all bytes of one shard without keeping them. Raises Unusable."""
     with _checked(folder, name, file, entries) as (descriptor, digest):
         remaining = sum(entry.nbytes for entry in entries.values())
@@ -72,6 +77,7 @@ def check_shard(folder: int, name: str, file: FileEntry, entries: Mapping[str, T
             read_into(descriptor, name, view)
             digest.update(view)
             remaining -= len(view)
+            on_block()
 
 
 @contextlib.contextmanager

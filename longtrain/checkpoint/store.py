@@ -75,7 +75,8 @@ class CheckpointStore:
         error: Exception | None = None
         outcome: dict[str, Any] = {"layout": _layout_digest(step, tensors)}
         try:
-            outcome["file"] = asdict(write_shard(temporary / shard_name(ranks.rank(), ranks.world_size()), own))
+            shard = temporary / shard_name(ranks.rank(), ranks.world_size())
+            outcome["file"] = asdict(write_shard(shard, own, self.journal.tick))
         except Exception as caught:  # the other ranks wait for this one's outcome, whatever it is
             error = caught
             outcome["failure"] = asdict(failure_of(caught))
@@ -118,7 +119,7 @@ class CheckpointStore:
         """The checkpoint in any folder, of this run or another. Raises CorruptCheckpoint where it is not good."""
 
         def check() -> dict[str, Any]:
-            manifest, problems = inspect(path)
+            manifest, problems = inspect(path, self.journal.tick)
             if manifest is None or problems:
                 raise CorruptCheckpoint(f"checkpoint {path}: {_summary(problems)}; name another one")
             return {"step": manifest.step, "metadata": manifest.metadata}
@@ -135,7 +136,7 @@ class CheckpointStore:
         tensors: dict[str, torch.Tensor] = {}
         problem = None
         try:
-            tensors = read(path)
+            tensors = read(path, self.journal.tick)
         except CorruptCheckpoint as error:
             problem = str(error)
         found = [line for line in ranks.gather(problem, self.journal) if line is not None]
@@ -191,7 +192,7 @@ class CheckpointStore:
             ) from error
         skipped: list[str] = []
         for path in paths:
-            manifest, problems = inspect(path)
+            manifest, problems = inspect(path, self.journal.tick)
             if manifest is not None and not problems:
                 return {"step": manifest.step, "metadata": manifest.metadata, "skipped": skipped}
             self._corrupt.add(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from longtrain.checkpoint.files import Unusable, open_file, open_folder, read_into
+from longtrain.checkpoint.files import OnBlock, Unusable, open_file, open_folder, read_into, untold
 from longtrain.checkpoint.manifest import MANIFEST, MAX_MANIFEST_BYTES, SEAL, Manifest, decode
 from longtrain.checkpoint.shard import check_shard, read_shard
 from longtrain.core.errors import CorruptCheckpoint
@@ -30,7 +30,7 @@ def verify(path: Path) -> list[str]:
     return inspect(path)[1]
 
 
-def inspect(path: Path) -> tuple[Manifest | None, list[str]]:
+def inspect(path: Path, on_block: OnBlock = untold) -> tuple[Manifest | None, list[str]]:
     """The manifest, if it can be believed, and the problems that `verify` reports."""
     problems = []
     try:
@@ -38,7 +38,7 @@ def inspect(path: Path) -> tuple[Manifest | None, list[str]]:
             manifest = _read_manifest(folder, path.name)
             for name, file in manifest.files.items():
                 try:
-                    check_shard(folder, name, file, manifest.shard(name))
+                    check_shard(folder, name, file, manifest.shard(name), on_block)
                 except Unusable as problem:
                     problems.append(str(problem))
             return manifest, problems
@@ -46,14 +46,14 @@ def inspect(path: Path) -> tuple[Manifest | None, list[str]]:
         return None, [str(problem)]
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
+def read(path: Path, on_block: OnBlock = untold) -> dict[str, torch.Tensor]:
     """All tensors on the CPU. Raises CorruptCheckpoint, before any tensor is handed out, for anything not as saved."""
     tensors: dict[str, torch.Tensor] = {}
     try:
         with open_folder(path) as folder:
             manifest = _read_manifest(folder, path.name)
             for name, file in manifest.files.items():
-                tensors |= read_shard(folder, name, file, manifest.shard(name))
+                tensors |= read_shard(folder, name, file, manifest.shard(name), on_block)
     except Unusable as problem:
         raise CorruptCheckpoint(f"checkpoint {path}: {problem}") from problem
     return {name: tensors[name] for name in manifest.tensors}

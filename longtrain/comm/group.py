@@ -38,11 +38,9 @@ def options(backend: str, timeout: timedelta) -> Any:
     return chosen
 
 
-def new_group(ranks: list[int], timeout: timedelta, alone: bool = False) -> dist.ProcessGroup | None:
-    """A collective call of all ranks of the job, or `alone` of these."""
-    return dist.new_group(
-        ranks, timeout, pg_options=options(dist.get_backend(), timeout), use_local_synchronization=alone
-    )
+def new_group(ranks: Sequence[int], timeout: timedelta) -> dist.ProcessGroup | None:
+    """A collective call of all ranks of the job, whether they are in the group or not."""
+    return dist.new_group(list(ranks), timeout, pg_options=options(dist.get_backend(), timeout))
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Pending(Generic[Result]):
     result: Result
     works: Sequence[dist.Work] = ()
     sent: Sequence[Tensor] = ()
-    """Kept until the transfers are over."""
+    """Kept as long as this is. On a GPU the transfers end before what is queued after `wait`, on its stream."""
     inside: Surround = nullcontext
     """Surrounds the wait."""
 
@@ -84,30 +82,40 @@ class Group:
     timeout: timedelta = COLLECTIVE_TIMEOUT
     """Of groups that are split off."""
 
+    axis: Sequence[Sequence[int]] = ()
+    """Of every group that this one is alike, ranks of the job; empty where it is the only one."""
+
     def split(self, inner: int) -> "tuple[Group, Group]":
         """This rank's group of `inner` neighbours, and its group of the ranks with the same place among theirs.
 
-        A collective call, the first time. Raises ValueError where `inner` does not divide the size.
+        The first time a collective call of the whole job, for which groups that are alike split in the same order.
+        Raises ValueError where `inner` does not divide the size.
         """
         if self.size % inner:
             raise ValueError(f"{self.size} ranks are not a multiple of {inner}")
         if inner not in self._splits:
-            first = self.rank - self.rank % inner
-            neighbours, others = range(first, first + inner), range(self.rank % inner, self.size, inner)
-            self._splits[inner] = self._part(neighbours), self._part(others)
+            neighbours = [range(first, first + inner) for first in range(0, self.size, inner)]
+            others = [range(first, self.size, inner) for first in range(inner)]
+            self._splits[inner] = self._own_part(neighbours), self._own_part(others)
         return self._splits[inner]
 
-    def _part(self, ranks: range) -> "Group":
-        if len(ranks) == self.size:
+    def _own_part(self, parts: list[range]) -> "Group":
+        """The part with this rank. Every rank creates every part: NCCL splits what it has among all of the job."""
+        own = next(part for part in parts if self.rank in part)
+        if len(own) == self.size:
             return self
-        handle = None
-        if len(ranks) > 1:
-            members = dist.get_process_group_ranks(self.handle)
-            handle = new_group([members[rank] for rank in ranks], self.timeout, alone=True)
-        job_ranks = self._job_ranks(ranks)
+        job_ranks = self._job_ranks(own)
         name = f"{list_ranks(job_ranks)} of {self.name}"
         self.journal.add_group(name)
-        return Group(ranks.index(self.rank), len(ranks), handle, 1, name, job_ranks, self.journal, self.timeout)
+        handle = None
+        if len(own) > 1:
+            with self._inside("new_group"):
+                for members in self.axis or [self._job_ranks(range(self.size))]:
+                    for part in parts:
+                        ranks = tuple(members[rank] for rank in part)
+                        created = new_group(ranks, self.timeout)
+                        handle = created if ranks == job_ranks else handle
+        return Group(own.index(self.rank), len(own), handle, 1, name, job_ranks, self.journal, self.timeout)
 
     @cached_property
     def _splits(self) -> "dict[int, tuple[Group, Group]]":

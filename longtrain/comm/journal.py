@@ -43,12 +43,12 @@ class Standing:
     begun: Mapping[str, int] = field(default_factory=dict)
     """Collectives begun, by group; a group of which none has begun is there with 0."""
     count: int = 0
-    """Grows with every exchange that begins or ends."""
+    """Grows with every exchange that begins or ends, and every tick."""
     last: Exchange | None = None
     inside: bool = False
     """Whether `last` has not ended."""
     seconds: float = 0.0
-    """Since `last` began or ended."""
+    """Since `last` began or ended, or the last tick."""
 
 
 class Journal:
@@ -86,6 +86,11 @@ class Journal:
                 "look for it in the log, or raise cluster.hang_timeout_seconds"
             ) from error
         self._mark(exchange, inside=False)
+
+    def tick(self) -> None:
+        """A sign of life from long work of this rank alone, such as reading a large file."""
+        last, inside, count, _ = self._state
+        self._state = (last, inside, count + 1, time.monotonic())
 
     def standing(self) -> Standing:
         """Where this rank is now."""

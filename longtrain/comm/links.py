@@ -41,15 +41,15 @@ class Links:
     """From each rank to the next."""
 
 
-def measure_links(group: Group, device: torch.device) -> Links:
-    """A collective call; the same result on every rank. The slowest rank's times count."""
+def measure_links(group: Group, device: torch.device, everyone: Group) -> Links:
+    """A collective call; the same result on `everyone`, of whom the slowest rank's times count."""
     small, large = _SMALL_BYTES // 4, _LARGE_BYTES[device.type] // 4
     measured = []
     for operation in (_gather, _exchange, _send):
         for numbers in (small, large):
             buffer = torch.zeros(max(1, numbers // group.size) * group.size, device=device)
             measured.append(_median_seconds(partial(operation, group, buffer), device))
-    slowest = torch.stack(group.all_gather(torch.tensor(measured, device=device))).amax(0).tolist()
+    slowest = torch.stack(everyone.all_gather(torch.tensor(measured, device=device))).amax(0).tolist()
     others = group.size - 1
     received = (others * large * 4, large * 4 * others / group.size, large * 4)
     links = [

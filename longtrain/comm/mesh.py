@@ -53,19 +53,29 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     data = [list(column) for column in zip(*sequences, strict=True)]
     journal = Journal()
     journal.add_group(_WORLD)
-    handle = dist.group.WORLD if size > 1 else None
+    world = Group(rank, size, dist.group.WORLD if size > 1 else None, 1, _WORLD, range(size), journal, timeout)
     sequence = _own_group("sequence", sequences, rank, timeout, journal)
     return Mesh(
-        world=Group(rank, size, handle, 1, _WORLD, range(size), journal, timeout),
+        world=world,
         data=_own_group("data", data, rank, timeout, journal),
-        sequence=replace(sequence, node_size=_in_a_node(sequence_size)),
+        sequence=replace(sequence, node_size=_in_a_node(sequence_size, world)),
         journal=journal,
     )
 
 
-def _in_a_node(size: int) -> int:
-    """Of `size` ranks in a row, how many share a node; all, where the launcher does not say."""
-    return math.gcd(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+def _in_a_node(size: int, world: Group) -> int:
+    """Of `size` ranks in a row, how many always share a node; all, where the launcher does not say.
+
+    Nodes may have different numbers of ranks, which lie in a row: a divisor of all of them is the same on every rank.
+    """
+    own = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", size))], device=_collective_device())
+    return math.gcd(size, *(int(ranks) for ranks in world.all_gather(own)))
+
+
+def _collective_device() -> torch.device:
+    """Where tensors of collectives live: NCCL carries nothing of the host's."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelta, journal: Journal) -> Group:
@@ -81,7 +91,7 @@ def _own_group(axis: str, members: list[list[int]], rank: int, timeout: timedelt
             handle = new_group(ranks, timeout) if len(ranks) > 1 else None
         if rank in ranks:
             name = f"{axis} {list_ranks(ranks)}"
-            own = Group(ranks.index(rank), len(ranks), handle, 1, name, tuple(ranks), journal, timeout)
+            own = Group(ranks.index(rank), len(ranks), handle, 1, name, tuple(ranks), journal, timeout, members)
     assert own is not None
     journal.add_group(own.name)
     return own

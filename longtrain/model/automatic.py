@@ -8,6 +8,7 @@ import torch
 
 from longtrain.comm.group import Group
 from longtrain.comm.links import measure_links
+from longtrain.comm.mesh import Mesh
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.model import Model
@@ -36,15 +37,16 @@ def name_algorithms(
     config: SequenceParallelConfig,
     model: Model,
     batch: Batch,
-    group: Group,
+    mesh: Mesh,
     device: torch.device,
     autocast: AbstractContextManager[object],
     registry: Registry,
 ) -> tuple[SequenceParallelConfig, tuple[str, ...]]:
     """The configuration with every `auto` replaced, and a line for each choice.
 
-    A collective call, with the same result on all ranks. On one rank nothing is exchanged, and nothing is measured.
+    A collective call, with the same result on all ranks of the job. One rank exchanges nothing, and measures nothing.
     """
+    group = mesh.sequence
     asked = [verb for verb in ("scan", "attend") if getattr(config, verb) == AUTO]
     if not asked:
         return config, ()
@@ -54,8 +56,8 @@ def name_algorithms(
         machine = Machine(
             ranks=group.size,
             node_size=group.node_size,
-            links=measure_links(group, device),
-            attention_flops=_attention_flops(demand.attends, config.block_attention, group, device),
+            links=measure_links(group, device, mesh.world),
+            attention_flops=_attention_flops(demand.attends, config.block_attention, mesh.world, device),
             zigzag=config.layout == "zigzag",
         )
         if "scan" in asked and demand.scans:
@@ -82,7 +84,7 @@ def demand_of(
     return sequence.demand
 
 
-def _attention_flops(shapes: list[AttendShape], kernel: str, group: Group, device: torch.device) -> float:
+def _attention_flops(shapes: list[AttendShape], kernel: str, everyone: Group, device: torch.device) -> float:
     """A second, of forward and backward of a causal square; the slowest rank's."""
     if not shapes:
         return 1.0
@@ -103,4 +105,4 @@ def _attention_flops(shapes: list[AttendShape], kernel: str, group: Group, devic
         times.append(time.perf_counter() - started)
     operations = (1 + BACKWARD) * 2 * (shape.key + shape.value) * shape.heads * length**2 / 2
     rate = torch.tensor([operations / min(times[1:])], dtype=torch.float64, device=device)
-    return min(float(other) for other in group.all_gather(rate))
+    return min(float(other) for other in everyone.all_gather(rate))

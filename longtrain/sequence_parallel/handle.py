@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from longtrain.core.contracts import Recurrence, Stretch
+from longtrain.core.errors import Refused
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
-from longtrain_kernels.block_attention import AUTO, BlockAttention
+from longtrain_kernels.block_attention import AUTO, BlockAttention, Unsupported
 
 Output = TypeVar("Output")
 
@@ -58,10 +59,14 @@ class ShardedSequence:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, scale: float | None = None
     ) -> Tensor:
-        """See `core.contracts.Sequence.attend`."""
+        """See `core.contracts.Sequence.attend`. Raises Refused for a kernel that cannot compute it."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention))
         algorithm = self.algorithms.attend if window is None else attend_window
+        try:
+            call.attention.choose(q, k, v, self.shard.tokens)
+        except Unsupported as problem:
+            raise Refused(f"sequence_parallel.block_attention={problem}") from None
         with self._exact():
             return self._keep(*algorithm(call, self.shard, self._carry()))
 

@@ -82,7 +82,7 @@ class HeadShares:
         gathered, reads = self._keys.to_heads(x), [head // self._per_key for head in range(mine.start, mine.stop)]
         if len({reads.count(head) for head in range(keys.start, keys.stop)}) <= 1:
             return gathered
-        return gathered[:, :, torch.tensor(reads, device=x.device) - keys.start]
+        return gathered[:, :, torch.arange(mine.start, mine.stop, device=x.device) // self._per_key - keys.start]
 
     @property
     def _per_key(self) -> int:

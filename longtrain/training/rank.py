@@ -61,7 +61,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
             batch, autocast = _local_batch(config, mesh), engine.autocast(device)
-            algorithms, choices = name_algorithms(cut, model, batch, mesh.sequence, device, autocast, registry)
+            algorithms, choices = name_algorithms(cut, model, batch, mesh, device, autocast, registry)
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records = RunRecords(directory) if mesh.is_writer else None
             listener.phase("load", 0)

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from longtrain.comm.mesh import build_mesh
@@ -21,17 +22,19 @@ from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 AUTO = SequenceParallelConfig(size=3, scan="auto", attend="auto", layout="zigzag", block_attention="auto")
 
 
-def named() -> tuple[str, str, tuple[str, ...]]:
+def named(sequence_size: int) -> tuple[str, str, tuple[str, ...]]:
     model = build_model(ModelConfig(12, 2, ("gla", "softmax"), 16, False, 1e-6, 0.5), MIXERS, 11, 3, Registry())
-    group = build_mesh(torch.distributed.get_world_size()).sequence
-    config, lines = name_algorithms(AUTO, model, Batch(1, 99), group, torch.device("cpu"), nullcontext(), Registry())
+    mesh = build_mesh(sequence_size)
+    config, lines = name_algorithms(AUTO, model, Batch(1, 99), mesh, torch.device("cpu"), nullcontext(), Registry())
     return config.scan, config.attend, lines
 
 
-def test_all_ranks_choose_alike(rank_pool: Callable[[int], RankPool]) -> None:
-    first, *others = rank_pool(3).run(named)
+@pytest.mark.parametrize(("world_size", "sequence_size"), [(3, 3), (4, 2)])
+def test_all_ranks_choose_alike(rank_pool: Callable[[int], RankPool], world_size: int, sequence_size: int) -> None:
+    # two groups of two measure apart, and go by the slowest of the job
+    first, *others = rank_pool(world_size).run(named, sequence_size)
     scan, attend, lines = first
-    assert others == [first, first]
+    assert others == [first] * (world_size - 1)
     assert [line.split(" (")[0] for line in lines] == [
         f"sequence_parallel.scan={scan}",
         f"sequence_parallel.attend={attend}",

@@ -26,7 +26,7 @@ def standing_after(config: TrainingConfig) -> Standing:
 
 
 @pytest.mark.parametrize(
-    ("scan", "attend"), [("all_gather", "all_gather"), ("pipeline", "ring"), ("ring", "token_ring"), ("ulysses",) * 2]
+    ("scan", "attend"), [("all_gather", "all_gather"), ("pipeline", "ring"), ("ring", "token_ring"), ("ulysses", "usp")]
 )
 def test_all_ranks_begin_the_same_number_of_collectives(
     tmp_path: Path, rank_pool: Callable[[int], RankPool], scan: str, attend: str

@@ -4,6 +4,7 @@ Every rank computes the one-rank result itself and compares; gradients of parame
 engine does. The largest error is returned, relative to the largest entry of the exact tensor.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,6 +24,7 @@ from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
 from longtrain.sequence_parallel import local
+from longtrain.sequence_parallel.attend.usp import neighbours
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.diagonal_scan import DiagonalScan
@@ -49,16 +51,18 @@ class Case:
     attend: str = "ring"
     layout: LayoutKind = "contiguous"
     chunk_tokens: int | None = None
+    kernel: str = "auto"
 
 
 LOCAL = Algorithms(scan=local.scan, attend=local.attend)
 
 
-def algorithms(scan: str, attend: str) -> Algorithms:
+def algorithms(scan: str, attend: str, kernel: str = "auto") -> Algorithms:
     registry = Registry()
     return Algorithms(
         scan=registry.load("sequence_parallel.scan", scan).scan,
         attend=registry.load("sequence_parallel.attend", attend).attend,
+        block_attention=kernel,
     )
 
 
@@ -129,7 +133,8 @@ def model_error(case: Case, device: str = "cpu") -> float:
     starts = awkward_starts(case.length, tuple(edges)) if case.packed and case.length > 2 else ((0,), (0,))
     want = exact(case.pattern, case.length, starts, device)
     layout = layout_of(case, mesh.sequence.size, starts)
-    output, index = run_in_chunks(want.forward, layout, mesh.sequence, algorithms(case.scan, case.attend), device)
+    chosen = algorithms(case.scan, case.attend, case.kernel)
+    output, index = run_in_chunks(want.forward, layout, mesh.sequence, chosen, device)
     grads = want.gradients((output * want.cotangent[:, index]).sum())
     errors = [relative_error(output, want.output[:, index])]
     errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, want.grads, strict=True)]
@@ -184,6 +189,8 @@ def test_every_attention(
         for pattern in [*((name,) for name in ATTENTION), HYBRID]
         for length, packed in ((2, False), (3, True), (9, True), (67, False), (67, True))
     ]
+    # PyTorch's own attention returns tensors in another order of memory than the one that CPUs use by default.
+    cases += [Case(("softmax",), 67, packed, attend=attend, layout=layout, kernel="plain") for packed in (False, True)]
     check(rank_pool(world_size), cases)
 
 
@@ -235,6 +242,48 @@ def test_a_vector_decay_crosses_ranks(
 ) -> None:
     errors = rank_pool(world_size).run(op_error, 45, packed, scan, layout)
     assert max(errors) < TOLERANCE, f"errors by rank {errors}"
+
+
+def usp_error(layout: LayoutKind, key_heads: int, local_sizes: tuple[int, ...]) -> tuple[float, int]:
+    """Attention on nodes of these numbers of ranks: largest error of output and gradients, and ranks that exchange."""
+    world = torch.distributed.get_world_size()
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_sizes[torch.distributed.get_rank()])
+    try:
+        group = build_mesh(world).sequence
+    finally:
+        del os.environ["LOCAL_WORLD_SIZE"]
+    torch.manual_seed(2)
+    whole = [torch.randn(2, 45, heads, 4, dtype=torch.float64) for heads in (2 * key_heads, key_heads, key_heads)]
+    cotangent = torch.randn(2, 45, 2 * key_heads, 4, dtype=torch.float64)
+    starts = awkward_starts(45, (22,))
+
+    def run(group: Group, chosen: Algorithms) -> tuple[list[Tensor], Tensor]:
+        shard = Shard(SequenceLayout(45, group.size, starts, kind=layout), group, torch.device("cpu"))
+        leaves = [x[:, shard.index].clone().requires_grad_() for x in whole]
+        output = ShardedSequence(shard, chosen).attend(*leaves)
+        return [output, *torch.autograd.grad(output, leaves, cotangent[:, shard.index])], shard.index
+
+    exact, _ = run(Group(0, 1), LOCAL)
+    got, index = run(group, algorithms("all_gather", "usp"))
+    return max(relative_error(a, x[:, index]) for a, x in zip(got, exact, strict=True)), neighbours(
+        world, group.node_size, key_heads
+    )
+
+
+@CUTS
+@pytest.mark.parametrize(
+    ("key_heads", "local_sizes", "exchanging"), [(2, (4, 4, 4, 4), 2), (4, (2, 2, 1, 1), 1), (4, (2, 2, 2, 2), 2)]
+)
+def test_usp_in_two_dimensions_and_on_uneven_nodes(
+    rank_pool: Callable[[int], RankPool],
+    layout: LayoutKind,
+    key_heads: int,
+    local_sizes: tuple[int, ...],
+    exchanging: int,
+) -> None:
+    for error, ranks in rank_pool(4).run(usp_error, layout, key_heads, local_sizes):
+        assert error < TOLERANCE
+        assert ranks == exchanging
 
 
 def isolation(scan: str, attend: str, kind: LayoutKind) -> bool:

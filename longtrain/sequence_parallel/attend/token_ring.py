@@ -77,7 +77,7 @@ class _TokenRing(torch.autograd.Function):
 
 def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, team: Team) -> Pending[tuple[Tensor, ...]]:
     """Begin to send parts to the rank `step` before this one; this rank's come from the rank `step` behind it."""
-    received = tuple(torch.empty_like(x) for x in like)
+    received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
     owner, helper = at_step(team, step), at_step(team, -step)
     return team.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)
 

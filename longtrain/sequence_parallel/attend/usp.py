@@ -6,6 +6,7 @@ of one rank it is ring attention.
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -33,15 +34,15 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
 
 
 def neighbours(size: int, node_size: int, key_heads: int) -> int:
-    """Ranks that exchange heads: the largest divisor of both sizes with a key head for each, so that none is copied."""
-    return max(n for n in range(1, node_size + 1) if size % n == node_size % n == 0 and (n <= key_heads or n == 1))
+    """Ranks that exchange heads: the largest common divisor, so that no key head goes round in copies."""
+    return math.gcd(size, node_size, key_heads)
 
 
 def seconds(shape: AttendShape, machine: Machine) -> float:
     """See `sequence_parallel.cost`: the exchange of a group, then a ring of groups with a share of the heads each."""
     inner = neighbours(machine.ranks, machine.node_size, shape.key_heads)
     share = dataclasses.replace(
-        shape, tokens=shape.tokens * inner, heads=-(-shape.heads // inner), key_heads=-(-shape.key_heads // inner)
+        shape, tokens=shape.tokens * inner, heads=shape.heads // inner, key_heads=shape.key_heads // inner
     )
     rings = dataclasses.replace(machine, ranks=machine.ranks // inner)
     exchange = ulysses.exchange_seconds(shape, dataclasses.replace(machine, ranks=inner)) if inner > 1 else 0.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.block_attention import BlockAttention, Span, Tokens, attention, choice, merge_into, plain
-from longtrain_kernels.block_attention.kernel import Mask, Squares
+from longtrain_kernels.block_attention.kernel import Mask, Squares, Unsupported
 from longtrain_kernels.block_attention.reference import attention_reference
 from tests.harness.documents import awkward_starts
 
@@ -181,5 +181,5 @@ def test_a_kernel_that_cannot_compute_it_is_refused() -> None:
     q, k, v = qkv(2, 1, 4)
     everything = tokens([(0, T)], False)
     for kernel, problem in (("cudnn", "NVIDIA GPUs|cuDNN"), ("flash", "one width"), ("fastest", "choose auto, cudnn")):
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises(Unsupported, match=problem):
             BlockAttention(0.3, kernel=kernel).forward(q, k, v, everything, everything)
