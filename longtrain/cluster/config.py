@@ -115,7 +115,7 @@ def _check_block_attention(config: JobConfig) -> None:
     if config.engine.precision != "bfloat16":
         raise Refused(
             f"sequence_parallel.block_attention=cudnn does not compute engine.precision={config.engine.precision}; "
-            "use auto, or bfloat16"
+            "use auto, or bfloat16 on GPUs"
         )
 
 

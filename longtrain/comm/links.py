@@ -1,6 +1,5 @@
 """What transfers between the ranks of a group cost, measured."""
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,19 +43,21 @@ class Links:
 def measure_links(group: Group, device: torch.device, everyone: Group) -> Links:
     """A collective call; the same result on `everyone`, of whom the slowest rank's times count."""
     small, large = _SMALL_BYTES // 4, _LARGE_BYTES[device.type] // 4
-    measured = []
+    measured = []  # least of some: what others do on the machine only adds
     for operation in (_gather, _exchange, _send):
         for numbers in (small, large):
             buffer = torch.zeros(max(1, numbers // group.size) * group.size, device=device)
-            measured.append(_median_seconds(partial(operation, group, buffer), device))
+            measured.append(_least_seconds(partial(operation, group, buffer), device))
     slowest = torch.stack(everyone.all_gather(torch.tensor(measured, device=device))).amax(0).tolist()
     others = group.size - 1
     received = (others * large * 4, large * 4 * others / group.size, large * 4)
-    links = [
-        Link(latency, max(1.0, nbytes) / max(1e-9, whole - latency))
-        for latency, whole, nbytes in zip(slowest[::2], slowest[1::2], received, strict=True)
-    ]
-    return Links(*links)
+    pairs = zip(slowest[::2], slowest[1::2], received, strict=True)
+    return Links(*(_link(little, much, nbytes) for little, much, nbytes in pairs))
+
+
+def _link(little: float, much: float, nbytes: float) -> Link:
+    """From the seconds of a small transfer, and of a large one; where noise has the small one longer, it has none."""
+    return Link(little, nbytes / (much - little)) if much > little else Link(0.0, max(1.0, nbytes) / much)
 
 
 def _gather(group: Group, buffer: Tensor) -> None:
@@ -74,7 +75,7 @@ def _send(group: Group, buffer: Tensor) -> None:
         group.exchange([(after, buffer)], [(before, torch.empty_like(buffer))])
 
 
-def _median_seconds(transfer: Callable[[], None], device: torch.device) -> float:
+def _least_seconds(transfer: Callable[[], None], device: torch.device) -> float:
     times = []
     for _ in range(_REPEATS + 1):
         _wait(device)
@@ -82,7 +83,7 @@ def _median_seconds(transfer: Callable[[], None], device: torch.device) -> float
         transfer()
         _wait(device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+    return min(times[1:])
 
 
 def _wait(device: torch.device) -> None:

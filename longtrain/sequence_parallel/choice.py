@@ -84,7 +84,8 @@ class Choice:
 
     def __str__(self) -> str:
         ranked = sorted(self.estimates.items(), key=lambda item: item[1])
-        return f"{self.name} ({', '.join(f'{name} {seconds * 1e3:.2f} ms' for name, seconds in ranked)})"
+        listed = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in ranked)
+        return f"{self.name} (estimated ms of forward and backward, all layers: {listed})"
 
 
 def choose(kind: str, shapes: Sequence[Shape], machine: Machine, registry: Registry) -> Choice:

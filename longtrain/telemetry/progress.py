@@ -40,7 +40,8 @@ class Progress:
         self._started: Started | None = None
         self._first: StepDone | None = None
         self._last: StepDone | None = None
-        self._losses: deque[float] = deque(maxlen=_MEAN_STEPS)
+        self._losses: deque[tuple[int, float]] = deque(maxlen=_MEAN_STEPS)
+        """Of the last steps, each once: those that an attempt lost are made again."""
         self._pace: tuple[int, float] | None = None
         """Step and time from which the pace of this attempt is measured: its first step, which is slow, is left out."""
         self._saved: tuple[int, float | None] | None = None
@@ -76,9 +77,8 @@ class Progress:
             self._started = None
             return
         first, last, entropy = self._first, self._last, self._started.unigram_entropy
-        mean, steps = sum(self._losses) / len(self._losses), len(self._losses)
-        done = "done" if last.step >= self._started.total_steps else "stopped; the same command goes on"
-        self._print(f"step {last.step} of {self._started.total_steps}: {done}")
+        mean, steps = sum(loss for _, loss in self._losses) / len(self._losses), len(self._losses)
+        self._print(f"step {last.step} of {self._started.total_steps}: {self._ending(last.step)}")
         self._print(
             f"loss: {first.loss:.4f} nats/token ({_bits(first.loss)}) at step {first.step}, "
             f"{mean:.4f} nats/token ({_bits(mean)}) over the last {steps} steps"
@@ -98,6 +98,8 @@ class Progress:
 
     def _start(self, event: Started) -> None:
         self._started = event
+        while self._losses and self._losses[-1][0] > event.step:
+            self._losses.pop()
         self._pace = None
         self._saved = (event.step, None) if event.resumed_from else None
         self._print(
@@ -120,7 +122,7 @@ class Progress:
         now = self._clock()
         self._first = self._first or event
         self._last = event
-        self._losses.append(event.loss)
+        self._losses.append((event.step, event.loss))
         if self._pace is None:
             self._pace = (event.step, now)
         last = self._started is not None and event.step >= self._started.total_steps
@@ -128,6 +130,14 @@ class Progress:
         if not self._console.is_terminal and (due or last):
             self._printed = now
             self._print(self._line())
+
+    def _ending(self, step: int) -> str:
+        if self._started is not None and step >= self._started.total_steps:
+            return "done"
+        if self._saved is None:
+            return "stopped; nothing is saved, and the same command starts from the beginning"
+        saved, _ = self._saved
+        return "stopped; the same command goes on" + ("" if saved == step else f" from step {saved}")
 
     def _line(self) -> str:
         """Step, loss, speed, context, time to go, age of the last checkpoint."""

@@ -11,11 +11,30 @@ from safetensors.torch import load_file
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.checkpoint.verify import verify
+from longtrain.comm.journal import Journal
 from longtrain.core.errors import CorruptCheckpoint
 from tests.harness import crash
 from tests.unit.checkpoint.samples import METADATA, damage, equal, state, store_with, visible
 
 SHARD = "shard-00000-of-00001.safetensors"
+
+
+def test_writing_checking_and_reading_are_signs_of_life(tmp_path: Path) -> None:
+    journal = Journal()
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, journal=journal)
+
+    def count() -> int:
+        return journal.standing().count
+
+    before = count()
+    path = store.save(20, state(3), METADATA)
+    after_saving = count()
+    assert after_saving > before
+    assert store.newest() is not None
+    after_checking = count()
+    assert after_checking > after_saving
+    store.load(path)
+    assert count() > after_checking
 
 
 def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:

@@ -6,15 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longtrain.comm.links import Link, Links
+from longtrain.comm.group import Group
+from longtrain.comm.links import Link, Links, _link
 from longtrain.comm.mesh import build_mesh
+from longtrain.core.errors import Refused
+from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.automatic import Batch, demand_of, name_algorithms
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
+from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.choice import choose
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.cost import AttendShape, Machine, ScanShape
+from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
+from longtrain.sequence_parallel.shard import Shard
 from tests.harness.mixers import MIXERS
 
 CPU = torch.device("cpu")
@@ -62,8 +68,21 @@ def test_many_ranks_over_a_slow_link_want_a_pipeline() -> None:
 
 def test_the_choice_says_why() -> None:
     choice = choose("scan", [SCAN], NODE, Registry())
-    assert str(choice).startswith("all_gather (all_gather 0.")
+    assert str(choice).startswith("all_gather (estimated ms of forward and backward, all layers: all_gather 0.")
     assert all(f"{name} " in str(choice) for name in Registry().names("sequence_parallel.scan"))
+
+
+def test_a_small_transfer_that_took_longer_than_a_large_one_is_noise() -> None:
+    assert _link(little=3e-3, much=2e-3, nbytes=4e6) == Link(0.0, pytest.approx(2e9))
+    assert _link(little=1e-3, much=3e-3, nbytes=4e6) == Link(1e-3, pytest.approx(2e9))
+
+
+def test_a_kernel_that_cannot_compute_a_layer_is_refused() -> None:
+    shard = Shard(SequenceLayout(5, 1, ((0,),)), Group(0, 1), CPU)
+    sequence = ShardedSequence(shard, Algorithms(local.scan, local.attend, "cudnn"))
+    q = torch.zeros(1, 5, 2, 8)
+    with pytest.raises(Refused, match=r"^sequence_parallel\.block_attention=cudnn is impossible here, .*; use auto$"):
+        sequence.attend(q, q, q)
 
 
 def test_one_rank_measures_nothing() -> None:

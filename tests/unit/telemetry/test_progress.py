@@ -103,6 +103,17 @@ def test_summary_of_a_run_that_was_stopped() -> None:
     assert lines[-1] == "last checkpoint: step 1 in runs/tiny"
 
 
+def test_summary_of_a_run_that_lost_steps() -> None:
+    screen = Screen(terminal=False)
+    screen.show(STARTED, step(1), step(2), step(3), STARTED, step(1), step(2))
+    lines = screen.close()
+    assert lines[0] == "step 2 of 40: stopped; nothing is saved, and the same command starts from the beginning"
+    assert "over the last 2 steps" in lines[1]
+    screen = Screen(terminal=False)
+    screen.show(STARTED, step(1), CheckpointDone(1, "p", 0.1), step(2))
+    assert screen.close()[0] == "step 2 of 40: stopped; the same command goes on from step 1"
+
+
 def test_a_terminal_has_one_live_line_that_fits() -> None:
     for width in (60, 80, 160):
         screen = Screen(terminal=True, width=width)

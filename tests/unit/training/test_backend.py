@@ -47,7 +47,7 @@ def test_triton_on_a_rank_without_a_gpu_is_refused() -> None:
     [
         (["engine.device=cpu"], "runs on GPUs, but engine.device=cpu; use auto, or a GPU"),
         (["cluster.resources.GPU=0"], "runs on GPUs, but cluster.resources.GPU=0; use auto, or a GPU"),
-        (["engine.precision=float32"], "does not compute engine.precision=float32; use auto, or bfloat16"),
+        (["engine.precision=float32"], "does not compute engine.precision=float32; use auto, or bfloat16 on GPUs"),
     ],
 )
 def test_cudnn_is_for_gpus_and_halves(overrides: list[str], problem: str) -> None:
