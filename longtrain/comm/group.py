@@ -106,9 +106,9 @@ class Group:
             return self
         job_ranks = self._job_ranks(own)
         name = f"{list_ranks(job_ranks)} of {self.name}"
-        self.journal.add_group(name)
         handle = None
         if len(own) > 1:
+            self.journal.add_group(name)
             with self._inside("new_group"):
                 for members in self.axis or [self._job_ranks(range(self.size))]:
                     for part in parts:

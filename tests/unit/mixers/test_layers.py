@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longtrain.bench._sequence_parallel_groups import SilentGroup
 from longtrain.comm.group import Group
 from longtrain.core.contracts import Recurrence, SequenceMixer
 from longtrain.core.layout import SequenceLayout
@@ -69,7 +70,7 @@ def test_rows_keep_their_shape_and_every_parameter_gets_a_gradient(name: str) ->
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_an_empty_shard_has_no_rows_and_stays_in_the_graph(name: str) -> None:
-    shard = Shard(SequenceLayout(1, 2, ((0,),)), Group(1, 2), torch.device("cpu"))
+    shard = Shard(SequenceLayout(1, 2, ((0,),)), SilentGroup(1, 2), torch.device("cpu"))
     layer, x = mixer(name), rows(0).requires_grad_()
     output = layer(x, Recorder(shard, Algorithms(local.scan, local.attend)))
     assert output.shape == (1, 0, WIDTH)
