@@ -30,16 +30,6 @@ def transition_bytes(operation: str, heads: int, keys: int) -> int:
     return heads * numbers.get(operation, 1) * FLOAT32_BYTES
 
 
-def fitted(steps: int, small_bytes: int, small_seconds: float, large_bytes: int, large_seconds: float) -> Link:
-    """The link through which a message of `steps` latencies takes the measured times, small and large.
-
-    Where the large one was no slower, which is noise, its whole time counts as traffic.
-    """
-    rest, count = large_seconds - small_seconds, large_bytes - small_bytes
-    bandwidth = count / rest if rest > 0 else large_bytes / large_seconds
-    return Link(small_seconds / steps, bandwidth)
-
-
 def project(
     operations: Sequence[str], heads: int, width: int, blocks: int, links: Mapping[str, tuple[Link, Link]]
 ) -> list[dict[str, Any]]:

@@ -13,10 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from longtrain.bench._sequence_parallel_projection import fitted
 from longtrain.bench._timing import CACHE_FLUSH_BYTES, MOST_REPEATS, PAUSE_CYCLES_PER_SECOND
 from longtrain.comm.group import Group
-from longtrain.comm.links import Link
+from longtrain.comm.links import Link, fitted
 from longtrain.comm.mesh import build_mesh, process_group
 
 T = TypeVar("T")
@@ -190,7 +189,7 @@ def measure_links(world: World, repeats: int, seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, (small_seconds, large_seconds) in times.items():
         latencies, messages = steps[name]
-        link = fitted(latencies, messages * SMALL_BYTES, small_seconds, messages * large, large_seconds)
+        link = fitted(small_seconds, large_seconds, messages * (large - SMALL_BYTES), latencies)
         measured = {"small_bytes": SMALL_BYTES, "small_seconds": small_seconds}
         measured |= {"large_bytes": large, "large_seconds": large_seconds}
         found[name] = measured | asdict(link)

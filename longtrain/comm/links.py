@@ -52,12 +52,15 @@ def measure_links(group: Group, device: torch.device, everyone: Group) -> Links:
     others = group.size - 1
     received = (others * large * 4, large * 4 * others / group.size, large * 4)
     pairs = zip(slowest[::2], slowest[1::2], received, strict=True)
-    return Links(*(_link(little, much, nbytes) for little, much, nbytes in pairs))
+    return Links(*(fitted(little, much, nbytes) for little, much, nbytes in pairs))
 
 
-def _link(little: float, much: float, nbytes: float) -> Link:
-    """From the seconds of a small transfer, and of a large one; where noise has the small one longer, it has none."""
-    return Link(little, nbytes / (much - little)) if much > little else Link(0.0, max(1.0, nbytes) / much)
+def fitted(little: float, much: float, nbytes: float, steps: int = 1) -> Link:
+    """From the seconds of a small transfer of `steps` latencies, and of one of `nbytes` more.
+
+    Where noise has the small one longer, the latency is not known, and the whole time counts as traffic.
+    """
+    return Link(little / steps, nbytes / (much - little)) if much > little else Link(0.0, max(1.0, nbytes) / much)
 
 
 def _gather(group: Group, buffer: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
+from longtrain.sequence_parallel.attend._rotation import at_step, go_round, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
@@ -35,16 +35,12 @@ class _RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
         queries, size = team.tokens[team.group.rank], team.group.size
         wide = accumulator_dtype(q.dtype)
-        block: tuple[Tensor, ...] = (k, v)
-        for step in range(size):
-            on_its_way = pass_on(team, block, team.held[at_step(team, step + 1)].count) if step + 1 < size else None
-            keys = team.held[at_step(team, step)]
+        for step, keys, block in go_round(team, (k, v), team.held):
             if step == 0:
                 output, lse = attention.forward(q, *block, queries, keys)
                 output, lse = (output.to(wide), lse) if size > 1 else (output, lse)
             else:
                 attention.merge(output, lse, q, *block, queries, keys)
-            block = on_its_way.wait() if on_its_way else ()
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
         ctx.team, ctx.attention = team, attention
@@ -56,17 +52,12 @@ class _RingAttention(torch.autograd.Function):
         team, attention = ctx.team, ctx.attention
         queries, size = team.tokens[team.group.rank], team.group.size
         dq, *own = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
-        block: tuple[Tensor, ...] = (k, v)
         sums: Pending[tuple[Tensor, ...]] | None = None
-        for step in range(size):
-            following = team.held[at_step(team, step + 1)]
-            on_its_way = pass_on(team, block, following.count) if step + 1 < size else None
-            keys = team.held[at_step(team, step)]
+        for step, keys, block in go_round(team, (k, v), team.held):
             found = attention.gradients(grad, q, *block, output, lse, queries, keys)
             total = tuple(own) if sums is None else sums.wait()
             found.add_to(dq, *total)
-            sums = pass_on(team, total, following.count) if size > 1 else None
-            block = on_its_way.wait() if on_its_way else ()
+            sums = pass_on(team, total, team.held[at_step(team, step + 1)].count) if size > 1 else None
         dk, dv = sums.wait() if sums is not None else own
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 

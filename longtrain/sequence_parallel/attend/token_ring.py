@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import at_step, pass_on
+from longtrain.sequence_parallel.attend._rotation import at_step, go_round
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
@@ -28,21 +28,16 @@ def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tens
 class _TokenRing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:
-        keys, size = team.held[team.group.rank], team.group.size
-        wide = accumulator_dtype(q.dtype)
-        block: tuple[Tensor, ...] = (q,)
+        keys, wide = team.held[team.group.rank], accumulator_dtype(q.dtype)
         home: Pending[tuple[Tensor, ...]] | None = None
-        for step in range(size):
-            queries = team.tokens[at_step(team, step)]
-            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
-            part, part_lse = attention.forward(*block, k, v, queries, keys)
+        for step, queries, (their_q,) in go_round(team, (q,), team.tokens):
+            part, part_lse = attention.forward(their_q, k, v, queries, keys)
             if step == 0:
                 output, lse = part.to(wide), part_lse.mT.contiguous()
             else:
                 if home is not None:
                     merge_into(output, lse, *home.wait())
                 home = _send_home((part.to(wide), part_lse.mT), (output, lse), step, team)
-            block = on_its_way.wait() if on_its_way else ()
         if home is not None:
             merge_into(output, lse, *home.wait())
         output = output.to(q.dtype)
@@ -54,13 +49,10 @@ class _TokenRing(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
         team, attention = ctx.team, ctx.attention
-        keys, size = team.held[team.group.rank], team.group.size
+        keys = team.held[team.group.rank]
         dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
-        block: tuple[Tensor, ...] = (grad, q, output, lse)
         home: Pending[tuple[Tensor, ...]] | None = None
-        for step in range(size):
-            queries = team.tokens[at_step(team, step)]
-            on_its_way = pass_on(team, block, team.tokens[at_step(team, step + 1)].count) if step + 1 < size else None
+        for step, queries, block in go_round(team, (grad, q, output, lse), team.tokens):
             rows, their_q, their_output, their_lse = block
             part = dq if step == 0 else torch.zeros_like(their_q, dtype=dq.dtype)
             found = attention.gradients(rows, their_q, k, v, their_output, their_lse.mT, queries, keys)
@@ -69,7 +61,6 @@ class _TokenRing(torch.autograd.Function):
                 if home is not None:
                     dq += home.wait()[0]
                 home = _send_home((part,), (dq,), step, team)
-            block = on_its_way.wait() if on_its_way else ()
         if home is not None:
             dq += home.wait()[0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None

@@ -17,7 +17,6 @@ from longtrain.bench._sequence_parallel_cases import Candidate, Case, document_s
 from longtrain.bench._sequence_parallel_groups import CountingGroup, SilentGroup
 from longtrain.bench._sequence_parallel_projection import (
     all_gather_seconds,
-    fitted,
     pipeline_seconds,
     project,
     transition_bytes,
@@ -187,12 +186,6 @@ def test_projections_follow_their_formulas() -> None:
     assert [row["bytes"] for row in rows] == [2 * state, state]
     assert rows[0]["milliseconds"][64] == pytest.approx(all_gather_seconds(64, 2 * state, link) * 1e3)
     assert rows[1]["milliseconds"][256] == pytest.approx((255 + 7) * state / 8 / 1e9 * 1e3)
-
-
-def test_a_link_is_fitted_to_two_times() -> None:
-    link = fitted(3, 1000, 3e-3, 2_001_000, 5e-3)
-    assert link.latency == pytest.approx(1e-3) and link.bandwidth == pytest.approx(1e9)
-    assert fitted(1, 1000, 2e-3, 1_000_000, 1e-3).bandwidth == pytest.approx(1e9)
 
 
 def test_a_usp_rank_holds_its_share_of_a_ring_rank() -> None:

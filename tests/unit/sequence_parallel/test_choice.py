@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from longtrain.comm.group import Group
-from longtrain.comm.links import Link, Links, _link
+from longtrain.comm.links import Link, Links, fitted
 from longtrain.comm.mesh import build_mesh
 from longtrain.core.errors import Refused
 from longtrain.core.layout import SequenceLayout
@@ -73,8 +73,9 @@ def test_the_choice_says_why() -> None:
 
 
 def test_a_small_transfer_that_took_longer_than_a_large_one_is_noise() -> None:
-    assert _link(little=3e-3, much=2e-3, nbytes=4e6) == Link(0.0, pytest.approx(2e9))
-    assert _link(little=1e-3, much=3e-3, nbytes=4e6) == Link(1e-3, pytest.approx(2e9))
+    assert fitted(little=3e-3, much=2e-3, nbytes=4e6) == Link(0.0, pytest.approx(2e9))
+    assert fitted(little=1e-3, much=3e-3, nbytes=4e6) == Link(1e-3, pytest.approx(2e9))
+    assert fitted(3e-3, 5e-3, 2_000_000, steps=3) == Link(pytest.approx(1e-3), pytest.approx(1e9))
 
 
 def test_a_kernel_that_cannot_compute_a_layer_is_refused() -> None:
