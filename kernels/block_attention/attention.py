@@ -74,12 +74,7 @@ class BlockAttention:
         Returns:
             dq, dk, dv in the shapes of q, k, v; in their types or in float32.
         """
-        calls = self._calls(q, k, v, queries, keys)
-        if calls.whole is not None and calls.whole.keys == slice(0, k.shape[1]):
-            return calls.kernel.backward(grad, q, k, v, output, lse, calls.mask(calls.whole), self.scale)
-        sums = dq, dk, dv = tuple(torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
-        self.gradients(grad, q, k, v, output, lse, queries, keys).add_to(*sums)
-        return dq, dk, dv
+        return self.gradients(grad, q, k, v, output, lse, queries, keys).whole(q, k, v)
 
     def gradients(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, queries: Tokens, keys: Tokens
@@ -144,6 +139,17 @@ class Gradients:
         """dq, dk and dv at these places of a batch; no place occurs twice in them."""
         self._parts.append((queries, keys, parts))
 
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv, of all of these; in float32 or wider, or as the only block has them."""
+        if len(self._parts) == 1:
+            ((queries, keys, parts),) = self._parts
+            if queries == _all(q) and keys == _all(k):
+                self._parts.clear()
+                return parts
+        dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
+        self.add_to(dq, dk, dv)
+        return dq, dk, dv
+
     def add_to(self, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
         """In place, to sums in float32 or wider; all that is here is then let go."""
         while self._parts:
@@ -165,8 +171,8 @@ class _Calls:
     def whole(self) -> Block | None:
         """The only block, where it holds every query."""
         blocks = (*self.plan.squares, *self.plan.rectangles)
-        everything = (slice(0, self.q.shape[0]), slice(0, self.q.shape[1]))
-        return blocks[0] if len(blocks) == 1 and (blocks[0].rows, blocks[0].queries) == everything else None
+        alone = len(blocks) == 1 and (blocks[0].rows, blocks[0].queries) == _all(self.q)
+        return blocks[0] if alone else None
 
     @property
     def packed(self) -> Packed | None:
@@ -185,6 +191,11 @@ class _Calls:
     def mask(self, block: Block) -> Mask:
         """What queries see of a block's keys."""
         return Mask(block.causal, self.window if block.causal else None)
+
+
+def _all(x: Tensor) -> tuple[slice, slice]:
+    """Every row and token of [B, L, ...]."""
+    return slice(0, x.shape[0]), slice(0, x.shape[1])
 
 
 def _put(result: tuple[Tensor, Tensor], where: Any, *parts: Tensor) -> None:

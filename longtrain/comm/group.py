@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from longtrain.comm.copying import Lanes, node_number, open_lanes, room_for
 from longtrain.comm.journal import Journal, list_ranks
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=5)
@@ -51,6 +52,8 @@ class Pending(Generic[Result]):
     works: Sequence[dist.Work] = ()
     sent: Sequence[Tensor] = ()
     """Kept as long as this is. On a GPU the transfers end before what is queued after `wait`, on its stream."""
+    done: torch.cuda.Event | None = None
+    """Of transfers by copy engines."""
     inside: Surround = nullcontext
     """Surrounds the wait."""
 
@@ -59,6 +62,8 @@ class Pending(Generic[Result]):
         with self.inside():
             for work in self.works:
                 work.wait()
+            if self.done is not None:
+                self.done.wait()
         return self.result
 
 
@@ -84,6 +89,8 @@ class Group:
 
     axis: Sequence[Sequence[int]] = ()
     """Of every group that this one is alike, ranks of the job; empty where it is the only one."""
+    copy_engines: bool = True
+    """Whether `shift` may use them."""
 
     def split(self, inner: int) -> "tuple[Group, Group]":
         """This rank's group of `inner` neighbours, and its group of the ranks with the same place among theirs.
@@ -115,7 +122,17 @@ class Group:
                         ranks = tuple(members[rank] for rank in part)
                         created = new_group(ranks, self.timeout)
                         handle = created if ranks == job_ranks else handle
-        return Group(own.index(self.rank), len(own), handle, 1, name, job_ranks, self.journal, self.timeout)
+        return Group(
+            own.index(self.rank),
+            len(own),
+            handle,
+            1,
+            name,
+            job_ranks,
+            self.journal,
+            self.timeout,
+            copy_engines=self.copy_engines,
+        )
 
     @cached_property
     def _splits(self) -> "dict[int, tuple[Group, Group]]":
@@ -202,7 +219,37 @@ class Group:
         peers = sorted({peer for peer, tensor in (*sends, *receives) if tensor.numel()})
         with self._inside("exchange", peers):
             works = dist.batch_isend_irecv(operations)
-        return Pending(result, works, [tensor for _, tensor in sent], lambda: self._inside("exchange", peers))
+        return Pending(result, works, [tensor for _, tensor in sent], None, lambda: self._inside("exchange", peers))
+
+    def shift(
+        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = ""
+    ) -> Pending[tuple[Tensor, ...]]:
+        """Begin to send tensors [B, L, ...] to the rank `by` after, and to receive those of the rank `by` before.
+
+        `rows[r]` is the L of rank r. All ranks shift in one order. What came stays until the second shift of the same
+        lane after it: between GPUs of a node, tensors come to two places in turn (see `copying`). `by` must not be a
+        multiple of the size.
+        """
+        to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
+        sent = [tensor.contiguous() for tensor in tensors]
+        come = [(x.shape[0], rows[source], *x.shape[2:]) for x in sent]
+        if self._lanes is None:
+            received = tuple(x.new_empty(shape) for x, shape in zip(sent, come, strict=True))
+            return self.begin([(to, x) for x in sent], [(source, x) for x in received], received)
+        most = room_for([(x.shape[0], max(rows), *x.shape[2:]) for x in sent], [x.element_size() for x in sent])
+        peers = sorted({to, source})
+        with self._inside("shift", peers):
+            received, done = self._lanes.shift(lane, sent, come, by, most)
+        return Pending(received, (), sent, done, lambda: self._inside("shift", peers))
+
+    @cached_property
+    def _lanes(self) -> Lanes | None:
+        """Opened by the first that asks: a collective call of the group."""
+        if self.handle is None or not self.copy_engines or dist.get_backend(self.handle) != "nccl":
+            return None
+        device = torch.device("cuda", torch.cuda.current_device())
+        number = torch.tensor([node_number(self.size, device)], dtype=torch.int64, device=device)
+        return open_lanes(self.rank, self.handle, device, [int(other) for other in self.all_gather(number)])
 
     def _inside(self, operation: str, peers: Iterable[int] | None = None) -> AbstractContextManager[None]:
         """Surrounds an exchange in the journal: a collective, or with `peers` (indices in the group) a transfer."""

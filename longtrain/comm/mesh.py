@@ -37,8 +37,10 @@ class Mesh:
         return self.world.rank == 0
 
 
-def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Mesh:
+def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT, copy_engines: bool = True) -> Mesh:
     """Groups over the default process group; a single process without one is a mesh of size one.
+
+    `copy_engines` says whether `Group.shift` may use them on the sequence axis.
 
     Raises ValueError where `sequence_size` does not divide the number of ranks.
     """
@@ -58,7 +60,7 @@ def build_mesh(sequence_size: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> M
     return Mesh(
         world=world,
         data=_own_group("data", data, rank, timeout, journal),
-        sequence=replace(sequence, node_size=_in_a_node(sequence_size, world)),
+        sequence=replace(sequence, node_size=_in_a_node(sequence_size, world), copy_engines=copy_engines),
         journal=journal,
     )
 

@@ -24,3 +24,5 @@ class SequenceParallelConfig:
     """Which tokens a rank holds; see `core.layout`."""
     block_attention: BlockAttentionKind
     """What computes softmax attention on a rank; auto: the fastest of what the machine has."""
+    copy_engines: bool
+    """Whether copy engines carry what goes round a ring of GPUs of one node; where they cannot, NCCL does."""

@@ -52,7 +52,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
     registry, cut = Registry(config.plugins), config.sequence_parallel
     listener.phase("join", 0)
     with process_group(device, timeout):
-        mesh = build_mesh(cut.size, timeout)
+        mesh = build_mesh(cut.size, timeout, cut.copy_engines)
         listener.watch(mesh.journal)
         directory = make_run_directory(config)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():

@@ -19,7 +19,9 @@ from tests.harness.mixers import MIXERS
 from tests.harness.ranks import RankPool
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 
-AUTO = SequenceParallelConfig(size=3, scan="auto", attend="auto", layout="zigzag", block_attention="auto")
+AUTO = SequenceParallelConfig(
+    size=3, scan="auto", attend="auto", layout="zigzag", block_attention="auto", copy_engines=True
+)
 
 
 def named(sequence_size: int) -> tuple[str, str, tuple[str, ...]]:

@@ -32,6 +32,7 @@ from tests.distributed.test_parity import (
     algorithms,
     model_error,
 )
+from tests.distributed.test_shift import mistakes_of_shifts
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import WIDE
 from tests.harness.ranks import RankPool, run_ranks
@@ -52,6 +53,23 @@ def errors_on_gpu() -> dict[str, float]:
             cases += [Case(length=37, attend=attend, layout=layout, chunk_tokens=5) for attend in ATTENDS]
         errors = {str(case): model_error(case, str(device)) for case in cases}
     return errors
+
+
+def shifts_on_gpu(copy_engines: bool) -> tuple[bool, list[str]]:
+    """Whether copy engines carried them, and what came wrong on this rank."""
+    device = pick_device("cuda")
+    with process_group(device, timedelta(minutes=1)):
+        group = build_mesh(dist.get_world_size(), copy_engines=copy_engines).sequence
+        wrong = mistakes_of_shifts(group, device, 100_000)
+        return group._lanes is not None, wrong
+
+
+@pytest.mark.parametrize("copy_engines", [True, False])
+def test_everyone_gets_what_was_sent_to_it(copy_engines: bool) -> None:
+    ranks = min(4, torch.cuda.device_count())
+    assert (
+        run_ranks(shifts_on_gpu, ranks, copy_engines, timeout=90, process_group=False) == [(copy_engines, [])] * ranks
+    )
 
 
 def test_ranks_equal_one_rank_in_float64() -> None:

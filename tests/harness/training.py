@@ -56,7 +56,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
             },
         ),
         sequence_parallel=SequenceParallelConfig(
-            size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="auto"
+            size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="auto", copy_engines=True
         ),
         objective=next_token.Config(name="next_token"),
         data=data,

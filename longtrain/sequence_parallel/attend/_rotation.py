@@ -23,13 +23,17 @@ def go_round(
     """
     for step in range(team.group.size):
         last = step + 1 == team.group.size
-        coming = None if last else pass_on(team, tensors, tokens[at_step(team, step + 1)].count)
+        coming = None if last else pass_on(team, tensors, step, tokens)
         yield step, tokens[at_step(team, step)], tensors
         tensors = coming.wait() if coming else ()
 
 
-def pass_on(team: Team, tensors: Sequence[Tensor], rows: int) -> Pending[tuple[Tensor, ...]]:
-    """Begin to send [B, L, ...] to the next rank; what comes from the one before has `rows` rows."""
-    received = tuple(t.new_empty(t.shape[0], rows, *t.shape[2:]) for t in tensors)
-    after, before = at_step(team, -1), at_step(team, 1)
-    return team.group.begin([(after, t) for t in tensors], [(before, t) for t in received], received)
+def pass_on(
+    team: Team, tensors: Sequence[Tensor], step: int, tokens: Sequence[Tokens], lane: str = "round"
+) -> Pending[tuple[Tensor, ...]]:
+    """Begin to send the tensors [B, L, ...] of a step to the next rank, which has them at the next step.
+
+    What comes stays until the second call after; see `Group.shift`.
+    """
+    size = team.group.size
+    return team.group.shift(tensors, [tokens[(rank - step) % size].count for rank in range(size)], lane=lane)

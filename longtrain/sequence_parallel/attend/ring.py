@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import at_step, go_round, pass_on
+from longtrain.sequence_parallel.attend._rotation import go_round, pass_on
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
@@ -50,16 +50,19 @@ class _RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, output, lse = ctx.saved_tensors
         team, attention = ctx.team, ctx.attention
-        queries, size = team.tokens[team.group.rank], team.group.size
-        dq, *own = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
-        sums: Pending[tuple[Tensor, ...]] | None = None
+        queries, size, wide = team.tokens[team.group.rank], team.group.size, accumulator_dtype(q.dtype)
+        sums: Pending[tuple[Tensor, ...]] = Pending(())
         for step, keys, block in go_round(team, (k, v), team.held):
             found = attention.gradients(grad, q, *block, output, lse, queries, keys)
-            total = tuple(own) if sums is None else sums.wait()
-            found.add_to(dq, *total)
-            sums = pass_on(team, total, team.held[at_step(team, step + 1)].count) if size > 1 else None
-        dk, dv = sums.wait() if sums is not None else own
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+            if step == 0:
+                dq, *own = found.whole(q, k, v)
+                dq, total = dq.to(wide), tuple(x.to(wide) for x in own)
+            else:
+                total = sums.wait()
+                found.add_to(dq, *total)
+            sums = pass_on(team, total, step, team.held, lane="sums") if size > 1 else Pending(total)
+        dk, dv = sums.wait()
+        return dq.to(q.dtype), dk.to(k.dtype, copy=True), dv.to(v.dtype, copy=True), None, None
 
 
 def seconds(shape: AttendShape, machine: Machine) -> float:

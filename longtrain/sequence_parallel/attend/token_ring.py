@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Pending
-from longtrain.sequence_parallel.attend._rotation import at_step, go_round
+from longtrain.sequence_parallel.attend._rotation import go_round
 from longtrain.sequence_parallel.call import AttendCall, KeyValue
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
@@ -37,7 +37,7 @@ class _TokenRing(torch.autograd.Function):
             else:
                 if home is not None:
                     merge_into(output, lse, *home.wait())
-                home = _send_home((part.to(wide), part_lse.mT), (output, lse), step, team)
+                home = _send_home((part.to(wide), part_lse.mT), step, team)
         if home is not None:
             merge_into(output, lse, *home.wait())
         output = output.to(q.dtype)
@@ -60,17 +60,16 @@ class _TokenRing(torch.autograd.Function):
             if step > 0:
                 if home is not None:
                     dq += home.wait()[0]
-                home = _send_home((part,), (dq,), step, team)
+                home = _send_home((part,), step, team)
         if home is not None:
             dq += home.wait()[0]
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-def _send_home(parts: Sequence[Tensor], like: Sequence[Tensor], step: int, team: Team) -> Pending[tuple[Tensor, ...]]:
+def _send_home(parts: Sequence[Tensor], step: int, team: Team) -> Pending[tuple[Tensor, ...]]:
     """Begin to send parts to the rank `step` before this one; this rank's come from the rank `step` behind it."""
-    received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in like)
-    owner, helper = at_step(team, step), at_step(team, -step)
-    return team.group.begin([(owner, x) for x in parts], [(helper, x) for x in received], received)
+    counts = [team.tokens[(rank - step) % team.group.size].count for rank in range(team.group.size)]
+    return team.group.shift(parts, counts, by=-step, lane="home")
 
 
 def seconds(shape: AttendShape, machine: Machine) -> float:

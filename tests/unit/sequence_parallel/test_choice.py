@@ -87,7 +87,9 @@ def test_a_kernel_that_cannot_compute_a_layer_is_refused() -> None:
 
 
 def test_one_rank_measures_nothing() -> None:
-    config = SequenceParallelConfig(size=1, scan="auto", attend="ring", layout="contiguous", block_attention="auto")
+    config = SequenceParallelConfig(
+        size=1, scan="auto", attend="ring", layout="contiguous", block_attention="auto", copy_engines=True
+    )
     model_config = ModelConfig(12, 1, ("gla",), 16, False, 1e-6, 0.5)
     model = build_model(model_config, MIXERS, 11, seed=3, registry=Registry())
     named, lines = name_algorithms(config, model, Batch(1, 5), build_mesh(1), CPU, nullcontext(), Registry())

@@ -72,7 +72,9 @@ def test_a_rank_refuses_attention_that_it_cannot_compute(
 
 
 def test_every_sequence_states_the_backend() -> None:
-    cut = SequenceParallelConfig(size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="plain")
+    cut = SequenceParallelConfig(
+        size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="plain", copy_engines=True
+    )
     make_sequence = sequence_maker(cut, Backend.REFERENCE, Group(0, 1), CPU, Registry())
     assert make_sequence(SequenceLayout(5, 1, ((0,),))).backend is Backend.REFERENCE
 
