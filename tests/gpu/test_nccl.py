@@ -90,8 +90,17 @@ class HalfCase:
 
 
 HALF_LENGTH = 1501
-# A cut rounds elsewhere, not more often: errors of one GPU and of several scatter around each other.
-HALF_FACTOR, HALF_FLOOR = 1.5, 1e-3
+HALF_FLOOR = 1e-3  # a quarter of bfloat16's spacing: smaller errors are not compared
+
+
+def half_factor(numbers: int) -> float:
+    """How much larger than one GPU's an error of so many numbers may be.
+
+    A state that crosses a cut goes through one product of bfloat16 operands more, which gradients of decays show most:
+    1.32 was seen on 4 GPUs. The norm of n random errors scatters by (2n)^-1/2, the ratio of two of them by n^-1/2: that
+    matters for decay rates, of which a mixer has a handful.
+    """
+    return 1.4 * (1 + 2 / numbers**0.5)
 
 
 def half_cases() -> list[HalfCase]:
@@ -105,10 +114,13 @@ def half_cases() -> list[HalfCase]:
     return sorted(cases, key=str)
 
 
-def half_excess() -> dict[str, str]:
-    """Cases in which a tensor's error against float64 exceeds one GPU's own: this rank's outputs, and all gradients."""
+def half_excess() -> dict[str, tuple[float, str]]:
+    """By case, the worst error against float64 in units of what is allowed, and of which tensor.
+
+    Of this rank's outputs, and of all gradients.
+    """
     device = pick_device("cuda")
-    wrong = {}
+    worst = {}
     with process_group(device, timedelta(minutes=2)):
         group = build_mesh(dist.get_world_size()).sequence
         for case in half_cases():
@@ -118,12 +130,13 @@ def half_excess() -> dict[str, str]:
             several = run_layer(model, tokens, cotangent, layout, group, algorithms(case.scan, case.attend), True)
             several[1:] = [group.all_reduce(grad) for grad in several[1:]]
             index = Shard(layout, group, device).index
-            pairs = [(error(several[0], exact[0][:, index]), error(one[0][:, index], exact[0][:, index]))]
-            pairs += [(error(a, x), error(b, x)) for a, b, x in zip(several[1:], one[1:], exact[1:], strict=True)]
-            found = [(i, a, b) for i, (a, b) in enumerate(pairs) if not a <= HALF_FACTOR * b + HALF_FLOOR]
-            if found:
-                wrong[str(case)] = str(found[:4])
-    return wrong
+            exact, one = [exact[0][:, index], *exact[1:]], [one[0][:, index], *one[1:]]
+            names = ["output", *(name for name, _ in model.named_parameters())]
+            pairs = zip(several, one, exact, names, strict=True)
+            worst[str(case)] = max(
+                (error(a, x) / (error(b, x) + HALF_FLOOR) / half_factor(x.numel()), name) for a, b, x, name in pairs
+            )
+    return worst
 
 
 def half_starts(packed: bool) -> tuple[tuple[int, ...], ...]:
@@ -164,8 +177,10 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def test_halves_on_several_gpus_are_as_exact_as_on_one() -> None:
-    for rank, wrong in enumerate(run_ranks(half_excess, torch.cuda.device_count(), timeout=280, process_group=False)):
-        assert not wrong, f"rank {rank}: {wrong}"
+    by_rank = run_ranks(half_excess, torch.cuda.device_count(), timeout=280, process_group=False)
+    worst = {case: max(found[case] for found in by_rank) for case in by_rank[0]}
+    wrong = [f"{ratio:.2f} {name} {case}" for case, (ratio, name) in worst.items() if not ratio <= 1]
+    assert not wrong, "\n".join(sorted(wrong, reverse=True))
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
