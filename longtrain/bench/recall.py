@@ -170,7 +170,8 @@ def train(
         with engine.autocast(device):
             logits = _logits(model, batch, shards, config)
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch.answers.flatten())
-        engine.step(loss, step)
+        loss.backward()
+        engine.step(step)
     correct: dict[int, list[Tensor]] = {n: [] for n in task.pairs}
     with torch.no_grad(), engine.autocast(device):
         # Another seed: the pairs were never trained on.

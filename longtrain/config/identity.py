@@ -8,8 +8,10 @@ from typing import Any
 
 from longtrain.core.units import format_token_count
 
-# Where a run executes, what it records and how it resumes do not change what is trained.
-_NOT_IDENTITY = frozenset({"run", "resume", "telemetry", "cluster", "checkpoint", "mixer.backend"})
+# Where a run executes, how it computes gradients, what it records and how it resumes do not change what is trained.
+_NOT_IDENTITY = frozenset(
+    {"run", "resume", "telemetry", "cluster", "checkpoint", "mixer.backend", "micro_batch_size", "stream"}
+)
 
 
 def run_name(config: Any, model: str) -> str:

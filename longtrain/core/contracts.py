@@ -109,6 +109,8 @@ class SequenceMixer(nn.Module, ABC):
     """Which layer of the model this is, counted from 0."""
     num_layers: int = 1
     """Of the model."""
+    keeps_prefix: bool = False
+    """Whether it attends to the whole sequence so far, whose keys and values grow with the context."""
 
     @abstractmethod
     def forward(self, x: Tensor, sequence: Sequence) -> Tensor:
@@ -117,3 +119,15 @@ class SequenceMixer(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self, context: float) -> float:
         """Operations of a forward pass beyond the projections, for a token that sees `context` tokens."""
+
+
+class Objective(Protocol):
+    """What every `objectives/<name>.py` defines; built as `Objective(config)`."""
+
+    def count(self, labels: Tensor) -> Tensor:
+        """How many tokens of [B, L] count in the loss, as a float64 scalar."""
+        ...
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of some tokens, [n, vocabulary] and [n]: the sum of their losses, float32 at least."""
+        ...

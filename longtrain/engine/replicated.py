@@ -1,6 +1,6 @@
 """The replicated engine: every rank holds all parameters; gradients are summed over all ranks, AdamW runs on each.
 
-A loss handed to `step` is this rank's share of the global mean, so the sum of the ranks' gradients is the gradient of
+Gradients at `step` are of this rank's share of the global mean, so the sum of the ranks' gradients is the gradient of
 the mean, whatever part of which sequence a rank holds.
 """
 
@@ -59,15 +59,11 @@ class ReplicatedEngine:
         """The context for forward passes: bfloat16 activations where the configuration asks for them."""
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._precision == "bfloat16")
 
-    def step(self, loss: Tensor, step: int) -> StepResult:
-        """Differentiate this rank's share of the loss, sum gradients over ranks, clip, and update the parameters.
+    def step(self, step: int) -> StepResult:
+        """Sum gradients over ranks, clip, and update the parameters; every one of them has a gradient.
 
         `step` counts from 0. The parameters stay the same bit for bit on all ranks.
         """
-        loss.backward()
-        for parameter in self._parameters.values():
-            if parameter.grad is None:  # the same on all ranks: they sum the same tensors
-                parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
         _sum_over_ranks(grads, self._world)
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._optimizer_config.max_grad_norm)

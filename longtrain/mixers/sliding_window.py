@@ -17,6 +17,8 @@ class Config(softmax.Config):
 class Mixer(softmax.Mixer):
     """[B, L, D] -> [B, L, D]."""
 
+    keeps_prefix = False
+
     def __init__(self, config: Config, width: int) -> None:
         super().__init__(config, width)
         self.window = config.window

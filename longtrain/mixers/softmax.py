@@ -40,6 +40,7 @@ class Mixer(SequenceMixer):
     """[B, L, D] -> [B, L, D]."""
 
     window: int | None = None
+    keeps_prefix = True
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()

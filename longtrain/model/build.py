@@ -1,24 +1,19 @@
 """Builds a model and the sequence handles for it: the only place where a mixer meets an algorithm."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from longtrain.comm.group import Group
-from longtrain.core.contracts import Sequence
-from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.model.config import ModelConfig, parse_pattern
 from longtrain.model.model import Model
 from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.config import SequenceParallelConfig
-from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
-from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.handle import Algorithms, Handles
 from longtrain_kernels.backend import Backend
-
-MakeSequence = Callable[[SequenceLayout], Sequence]
 
 
 def build_model(
@@ -38,10 +33,10 @@ def build_model(
         return Model(config, mixers, vocab_size)
 
 
-def sequence_maker(
+def build_handles(
     config: SequenceParallelConfig, backend: Backend, group: Group, device: torch.device, registry: Registry
-) -> MakeSequence:
-    """What makes the `Sequence` handle of a batch from its layout; `backend` runs the mixers' operations.
+) -> Handles:
+    """What makes the `Sequence` handles of batches; `backend` runs the mixers' operations.
 
     A group of one rank uses the local algorithms. Raises Refused for an algorithm that does not exist.
     """
@@ -52,4 +47,4 @@ def sequence_maker(
     )
     if group.size == 1:
         algorithms = replace(algorithms, scan=local.scan, attend=local.attend)
-    return lambda layout: ShardedSequence(Shard(layout, group, device), algorithms, backend=backend)
+    return Handles(algorithms, group, device, backend)

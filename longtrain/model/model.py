@@ -42,7 +42,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Tokens to the hidden states that the head reads; objectives apply the head, a chunk of tokens at a time."""
+    """Tokens to the hidden states that the head reads; `streaming` applies the head, a few tokens at a time."""
 
     def __init__(self, config: ModelConfig, mixers: Collection[SequenceMixer], vocab_size: int) -> None:
         super().__init__()
@@ -57,14 +57,19 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, sequence: Sequence) -> Tensor:
         """[B, L] int64 -> [B, L, D]."""
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, sequence)
+        for layer in self.layers:
+            x = layer(x, sequence)
         return self.norm(x)
+
+    @property
+    def layers(self) -> list[Block]:
+        """In order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
 
     def flops_per_token(self, context: float) -> float:
         """Forward and backward floating-point operations for a token that sees `context` tokens on average."""
         linear = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
-        mixing = sum(block.mixer.flops_per_token(context) for block in self.blocks if isinstance(block, Block))
+        mixing = sum(layer.mixer.flops_per_token(context) for layer in self.layers)
         return 3 * (2 * linear + mixing)
 
     @torch.no_grad()

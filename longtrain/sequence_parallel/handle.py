@@ -1,17 +1,20 @@
 """The `Sequence` handle that mixers see, over the algorithms that were chosen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from longtrain.comm.group import Group
 from longtrain.core.contracts import Recurrence, Stretch
 from longtrain.core.errors import Refused
+from longtrain.core.layout import SequenceLayout
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
+from longtrain.sequence_parallel.prefix import Prefix
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
@@ -24,8 +27,8 @@ Output = TypeVar("Output")
 class Algorithms:
     """What serves each verb: the functions of the chosen modules."""
 
-    scan: Callable[[Recurrence, Shard, Any], tuple[Tensor, Any]]
-    attend: Callable[[AttendCall, Shard, Any], tuple[Tensor, Any]]
+    scan: Callable[[Recurrence, Shard, Tensor | None], tuple[Tensor, Tensor]]
+    attend: Callable[[AttendCall, Shard], Tensor]
     block_attention: str = AUTO
     """The kernel of softmax layers; see `longtrain_kernels.block_attention`."""
 
@@ -34,17 +37,21 @@ class Algorithms:
 class ShardedSequence:
     """`core.contracts.Sequence` for one rank's part of one macro-chunk.
 
-    Carries are opaque here: the n-th call of a verb in a chunk receives what the n-th call of the chunk before left,
-    and its algorithm alone knows what that is and which ranks hold it.
+    Carries are opaque here: the n-th call that carries something receives what the n-th one of the chunk before left, a
+    tensor, and its algorithm alone knows what that is and which ranks hold it. The n-th softmax layer has the n-th
+    prefix.
     """
 
     shard: Shard
     algorithms: Algorithms
-    carries_in: list[Any] | None = None
+    carries_in: Sequence[Tensor] | None = None
     """Left by the chunk before; None for the first chunk."""
+    prefixes: list[Prefix] = field(default_factory=list)
+    """The same for all chunks of a sequence; grows as softmax layers ask."""
     backend: Backend | None = None
     """See `core.contracts.Sequence.backend`."""
-    carries_out: list[Any] = field(default_factory=list)
+    carries_out: list[Tensor] = field(default_factory=list)
+    _attends: int = 0
 
     @property
     def positions(self) -> Tensor:
@@ -61,14 +68,15 @@ class ShardedSequence:
     ) -> Tensor:
         """See `core.contracts.Sequence.attend`. Raises Refused for a kernel that cannot compute it."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention))
-        algorithm = self.algorithms.attend if window is None else attend_window
+        call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention), self._prefix(window))
         try:
             call.attention.choose(q, k, v, self.shard.tokens)
         except Unsupported as problem:
             raise Refused(f"sequence_parallel.block_attention={problem}") from None
         with self._exact():
-            return self._keep(*algorithm(call, self.shard, self._carry()))
+            if window is None:
+                return self.algorithms.attend(call, self.shard)
+            return self._keep(*attend_window(call, self.shard, self._carry()))
 
     def halo(self, x: Tensor, width: int) -> list[Stretch]:
         """See `core.contracts.Sequence.halo`."""
@@ -78,9 +86,38 @@ class ShardedSequence:
         """Autocast off: it would turn the float32 products of states and partial outputs into bfloat16."""
         return torch.autocast(self.shard.device.type, enabled=False)
 
-    def _carry(self) -> Any:
+    def _prefix(self, window: int | None) -> Prefix:
+        """Of the layer that asks, if it sees the whole sequence."""
+        if window is not None:
+            return Prefix()
+        if self._attends == len(self.prefixes):
+            self.prefixes.append(Prefix())
+        self._attends += 1
+        return self.prefixes[self._attends - 1]
+
+    def _carry(self) -> Tensor | None:
         return None if self.carries_in is None else self.carries_in[len(self.carries_out)]
 
-    def _keep(self, output: Output, carry: Any) -> Output:
+    def _keep(self, output: Output, carry: Tensor) -> Output:
         self.carries_out.append(carry)
         return output
+
+
+@dataclass(frozen=True)
+class Handles:
+    """Makes the handles of a run."""
+
+    algorithms: Algorithms
+    group: Group
+    device: torch.device
+    backend: Backend | None = None
+
+    def shards(self, layout: SequenceLayout) -> list[Shard]:
+        """This rank's parts of the chunks of a batch."""
+        return [Shard(layout, self.group, self.device, chunk) for chunk in range(layout.num_chunks)]
+
+    def at(
+        self, shard: Shard, carries: Sequence[Tensor] | None = None, prefixes: list[Prefix] | None = None
+    ) -> ShardedSequence:
+        """The handle of a chunk, from what the chunk before carried out and the prefixes of all."""
+        return ShardedSequence(shard, self.algorithms, carries, [] if prefixes is None else prefixes, self.backend)

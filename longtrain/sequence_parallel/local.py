@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from longtrain.core.contracts import Recurrence
-from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.shard import Shard
 
 
@@ -12,7 +12,7 @@ def scan(op: Recurrence, shard: Shard, carry: Tensor | None) -> tuple[Tensor, Te
     return op.apply(shard.segment_documents[0], carry)
 
 
-def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """Outputs [B, L, H, V] and the keys and values so far, which are the carry."""
-    k, v = call.keys_and_values(carry)
-    return call.attention(call.q, k, v, shard.tokens, shard.team.held[shard.group.rank]), (k, v)
+def attend(call: AttendCall, shard: Shard) -> Tensor:
+    """Outputs [B, L, H, V]."""
+    k, v = call.prefix.extend(call.k, call.v, shard.own_rows)
+    return call.attention(call.q, k, v, shard.tokens, shard.team.held[shard.group.rank])

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 from longtrain.comm.group import Group
 from longtrain.core.layout import SequenceLayout, Span, overlap, span_index
 from longtrain_kernels.block_attention import Tokens
+
+
+class Rows(NamedTuple):
+    """Of the tokens that are held of all chunks, in ascending order, those of this one: [begin, end) of `total`."""
+
+    begin: int
+    end: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,19 @@ class Shard:
     def tokens(self) -> Tokens:
         """This rank's tokens of the chunk."""
         return self.team.tokens[self.group.rank]
+
+    def rows(self, ranks: Sequence[int]) -> Rows:
+        """Of what some ranks hold together."""
+        end, total = (
+            sum(e - b for rank in ranks for b, e in self.layout.held(rank, chunk))
+            for chunk in (self.chunk, self.layout.num_chunks - 1)
+        )
+        return Rows(end - sum(e - b for rank in ranks for b, e in self.layout.spans(rank, self.chunk)), end, total)
+
+    @property
+    def own_rows(self) -> Rows:
+        """Of what this rank holds."""
+        return self.rows([self.group.rank])
 
     def tokens_between(self, begin: int, end: int) -> Tokens:
         """The tokens [begin, end), whoever holds them."""

@@ -1,4 +1,4 @@
-"""A rank's part of the batch of a step: a function of the data position and the rank alone."""
+"""A rank's part of the batches of a step: a function of the data position and the rank alone."""
 
 from dataclasses import dataclass
 
@@ -14,39 +14,63 @@ from longtrain.data.corpus import Corpus
 
 @dataclass(frozen=True)
 class Batch:
-    """What this rank holds of its data group's sequences."""
+    """What this rank holds of some of its data group's sequences."""
 
     tokens: Tensor
-    """[B, L] int64."""
+    """[B, L] int64, by chunk of time, and in a chunk by slot."""
     labels: Tensor
     """[B, L] int64, -100 where nothing is to be predicted."""
     layout: SequenceLayout
 
 
+@dataclass(frozen=True)
+class BatchSizes:
+    """Of a step."""
+
+    context_length: int
+    batch_size: int
+    """Sequences over all ranks."""
+    micro_batch_size: int | None = None
+    """Sequences of a data group in one `Batch`; None: all of them."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of a sequence; see `core.layout`."""
+
+    layout: LayoutKind
+    chunk_tokens: int | None = None
+
+
 class BatchReader:
-    """Reads the batch at a position of the token stream.
+    """Reads the batches at a position of the token stream.
 
     Sequence i of a step at position p is the window [p + i T, p + (i + 1) T) of the stream; data rank d holds the
     sequences d B, ..., d B + B - 1. So the tokens of a step do not depend on the number of ranks.
     """
 
-    def __init__(
-        self, corpus: Corpus, context_length: int, batch_size: int, layout: LayoutKind, mesh: Mesh, device: torch.device
-    ) -> None:
-        if batch_size % mesh.data.size:
-            raise ValueError(f"batch_size={batch_size} is not a multiple of {mesh.data.size} data-parallel groups")
-        self._corpus, self._length, self._mesh, self._device = corpus, context_length, mesh, device
-        self._kind: LayoutKind = layout
-        self._num_sequences = batch_size // mesh.data.size
-        self.tokens_per_step = batch_size * context_length
+    def __init__(self, corpus: Corpus, sizes: BatchSizes, cut: Cut, mesh: Mesh, device: torch.device) -> None:
+        if sizes.batch_size % mesh.data.size:
+            raise ValueError(
+                f"batch_size={sizes.batch_size} is not a multiple of {mesh.data.size} data-parallel groups"
+            )
+        self._corpus, self._sizes, self._cut, self._mesh, self._device = corpus, sizes, cut, mesh, device
+        self._num_sequences = sizes.batch_size // mesh.data.size
+        self.tokens_per_step = sizes.batch_size * sizes.context_length
 
-    def read(self, position: int) -> Batch:
-        """The batch of the step that starts at `position` tokens; only this rank's slice of it is read."""
-        first = position + self._mesh.data.rank * self._num_sequences * self._length
-        windows = [self._corpus.window(first + i * self._length, self._length) for i in range(self._num_sequences)]
+    def read(self, position: int) -> list[Batch]:
+        """Of the step that starts at `position` tokens; only this rank's slice of it is read."""
+        first = self._mesh.data.rank * self._num_sequences
+        together = self._sizes.micro_batch_size or self._num_sequences
+        sequences = range(first, first + self._num_sequences)
+        return [self._read(position, sequences[i : i + together]) for i in range(0, len(sequences), together)]
+
+    def _read(self, position: int, sequences: range) -> Batch:
+        length = self._sizes.context_length
+        windows = [self._corpus.window(position + i * length, length) for i in sequences]
         starts = tuple(tuple(int(s) for s in window.starts) for window in windows)
-        layout = SequenceLayout(self._length, self._mesh.sequence.size, starts, kind=self._kind)
-        spans = layout.spans(self._mesh.sequence.rank, 0)
+        layout = SequenceLayout(length, self._mesh.sequence.size, starts, self._cut.chunk_tokens, self._cut.layout)
+        spans = layout.held(self._mesh.sequence.rank, layout.num_chunks - 1)
         rows = [[np.concatenate(x) for x in zip(*(w.read(*span) for span in spans), strict=True)] for w in windows]
         tokens, labels = (torch.from_numpy(np.stack(column)).to(self._device) for column in zip(*rows, strict=True))
         return Batch(tokens=tokens, labels=labels, layout=layout)

@@ -13,6 +13,7 @@ from longtrain.data.config import SourceConfig
 from longtrain.engine.config import EngineConfig, OptimizerConfig
 from longtrain.model.config import MixerConfig, ModelConfig
 from longtrain.sequence_parallel.config import SequenceParallelConfig
+from longtrain.streaming.config import StreamConfig
 from longtrain.telemetry.config import TelemetryConfig
 
 
@@ -43,9 +44,12 @@ class TrainingConfig:
     """Tokens of one sequence, over all its ranks."""
     batch_size: Annotated[int, Field(ge=1)]
     """Sequences of one step, over all ranks."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None
+    """Sequences that a group of ranks computes at once; gradients of a step are summed over several. Null: all."""
     model: ModelConfig
     mixer: Annotated[MixerConfig, components("mixers", MixerConfig)]
     sequence_parallel: SequenceParallelConfig
+    stream: StreamConfig
     objective: Annotated[Any, component("objectives")]
     data: Annotated[SourceConfig, component("data.sources")]
     optimizer: OptimizerConfig

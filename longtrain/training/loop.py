@@ -12,10 +12,11 @@ from torch import Tensor
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import Mesh
+from longtrain.core.contracts import Objective
 from longtrain.core.errors import Diverged
 from longtrain.engine.replicated import ReplicatedEngine, StepResult
-from longtrain.model.build import MakeSequence
 from longtrain.model.model import Model
+from longtrain.streaming.stream import Stream
 from longtrain.telemetry.events import CheckpointDone, StepDone
 from longtrain.telemetry.records import LedgerLine, RunRecords
 from longtrain.training.batch import BatchReader
@@ -54,10 +55,10 @@ class Loop:
     mesh: Mesh
     device: torch.device
     model: Model
-    objective: Any
+    objective: Objective
     engine: ReplicatedEngine
     reader: BatchReader
-    make_sequence: MakeSequence
+    stream: Stream
     store: CheckpointStore
     records: RunRecords | None
     """Of the writer; None on the other ranks."""
@@ -86,15 +87,15 @@ class Loop:
 
     def _step(self, step: int, position: int) -> _Done:
         """One update on the batch at `position`."""
-        batch = self.reader.read(position)
+        batches = self.reader.read(position)
         stop = torch.tensor(float(self.listener.stop_requested()), dtype=torch.float64, device=self.device)
-        sums = self.mesh.world.all_reduce(torch.stack([self.objective.count(batch.labels), stop]))
+        labelled = torch.stack([self.objective.count(batch.labels) for batch in batches]).sum()
+        sums = self.mesh.world.all_reduce(torch.stack([labelled, stop]))
         count = sums[0].clamp(min=1)
-        with self.engine.autocast(self.device):
-            hidden = self.model(batch.tokens, self.make_sequence(batch.layout))
-            total: Tensor = self.objective.loss_sum(hidden, self.model.head, batch.labels)
-        result = self.engine.step(total / count.to(total.dtype), step)
-        loss, memory = self._over_ranks(total.detach().double() / count)
+        losses = [self.stream.backward(batch.tokens, batch.labels, batch.layout, count) for batch in batches]
+        self.stream.deliver()
+        result = self.engine.step(step)
+        loss, memory = self._over_ranks(torch.stack(losses).sum() / count)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
             raise Diverged(

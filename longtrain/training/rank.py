@@ -4,26 +4,31 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import COLLECTIVE_TIMEOUT, Mesh, build_mesh, process_group
+from longtrain.core.contracts import Objective
 from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
+from longtrain.data.corpus import Corpus
 from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.automatic import Batch, name_algorithms
-from longtrain.model.build import build_model, sequence_maker
+from longtrain.model.build import build_handles, build_model
+from longtrain.model.model import Model
+from longtrain.streaming.stream import Stream
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
 from longtrain.telemetry.records import RunRecords
-from longtrain.training.batch import BatchReader
+from longtrain.training.batch import BatchReader, BatchSizes, Cut
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop
-from longtrain.training.resume import identity, resume
+from longtrain.training.resume import Start, identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
@@ -67,31 +72,18 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             listener.phase("load", 0)
             start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
             if mesh.is_writer:
-                listener.event(
-                    Started(
-                        step=start.step,
-                        total_steps=config.steps,
-                        context_length=config.context_length,
-                        world_size=mesh.world.size,
-                        sequence_parallel_size=mesh.sequence.size,
-                        parameters=sum(p.numel() for p in model.parameters()),
-                        resumed_from=start.path,
-                        unigram_entropy=corpus.unigram_entropy,
-                        run_directory=str(directory),
-                        backend=backend.value,
-                        choices=choices,
-                    )
-                )
-            objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
+                listener.event(_started(config, start, mesh, model, corpus, backend, choices))
+            objective = _objective(config, registry)
+            handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
             end = Loop(
                 config=config,
                 mesh=mesh,
                 device=device,
                 model=model,
-                objective=objective.Objective(config.objective),
+                objective=objective,
                 engine=engine,
-                reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
-                make_sequence=sequence_maker(algorithms, backend, mesh.sequence, device, registry),
+                reader=_reader(config, corpus, mesh, device),
+                stream=Stream(model, handles, objective, config.stream, partial(engine.autocast, device)),
                 store=store,
                 records=records,
                 listener=listener,
@@ -108,8 +100,38 @@ def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
     return pick_backend(config.mixer.backend, device, config.engine.precision)
 
 
+def _started(
+    config: TrainingConfig, start: Start, mesh: Mesh, model: Model, corpus: Corpus, backend: Backend,
+    choices: tuple[str, ...],
+) -> Started:  # fmt: skip
+    return Started(
+        step=start.step,
+        total_steps=config.steps,
+        context_length=config.context_length,
+        world_size=mesh.world.size,
+        sequence_parallel_size=mesh.sequence.size,
+        parameters=sum(p.numel() for p in model.parameters()),
+        resumed_from=start.path,
+        unigram_entropy=corpus.unigram_entropy,
+        run_directory=str(make_run_directory(config)),
+        backend=backend.value,
+        choices=choices,
+    )
+
+
+def _reader(config: TrainingConfig, corpus: Corpus, mesh: Mesh, device: torch.device) -> BatchReader:
+    sizes = BatchSizes(config.context_length, config.batch_size, config.micro_batch_size)
+    return BatchReader(corpus, sizes, Cut(config.sequence_parallel.layout, config.stream.chunk_tokens), mesh, device)
+
+
+def _objective(config: TrainingConfig, registry: Registry) -> Objective:
+    module = registry.load("objectives", config.objective.name, ("Config", "Objective"))
+    objective: Objective = module.Objective(config.objective)
+    return objective
+
+
 def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
-    return Batch(config.batch_size // mesh.data.size, config.context_length)
+    return Batch(config.micro_batch_size or config.batch_size // mesh.data.size, config.context_length)
 
 
 def make_run_directory(config: TrainingConfig) -> Path:

@@ -1,4 +1,4 @@
-"""The sequence cut over ranks, and over time, equals the sequence on one rank: outputs and every gradient, in float64.
+"""The sequence cut over ranks equals the sequence on one rank: outputs and every gradient, in float64.
 
 Every rank computes the one-rank result itself and compares; gradients of parameters are summed over ranks first, as an
 engine does. The largest error is returned, relative to the largest entry of the exact tensor.
@@ -50,7 +50,6 @@ class Case:
     scan: str = "all_gather"
     attend: str = "ring"
     layout: LayoutKind = "contiguous"
-    chunk_tokens: int | None = None
     kernel: str = "auto"
 
 
@@ -64,24 +63,6 @@ def algorithms(scan: str, attend: str, kernel: str = "auto") -> Algorithms:
         attend=registry.load("sequence_parallel.attend", attend).attend,
         block_attention=kernel,
     )
-
-
-def run_in_chunks(
-    forward: Callable[[Tensor, ShardedSequence], Tensor],
-    layout: SequenceLayout,
-    group: Group,
-    chosen: Algorithms,
-    device: str = "cpu",
-) -> tuple[Tensor, Tensor]:
-    """Apply `forward` chunk after chunk with the carries handed on; outputs [B, L, D] and the tokens they belong to."""
-    outputs, index, carries = [], [], None
-    for chunk in range(layout.num_chunks):
-        shard = Shard(layout, group, torch.device(device), chunk)
-        handle = ShardedSequence(shard, chosen, carries)
-        outputs.append(forward(shard.index, handle))
-        index.append(shard.index)
-        carries = handle.carries_out
-    return torch.cat(outputs, dim=1), torch.cat(index)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -122,7 +103,8 @@ def exact(pattern: tuple[str, ...], length: int, starts: tuple[tuple[int, ...], 
     tokens = torch.randint(VOCABULARY, (2, length)).to(device)
     cotangent = torch.randn(2, length, 12, dtype=torch.float64).to(device)
     alone = Exact(model, tokens, cotangent, cotangent, [])
-    output, _ = run_in_chunks(alone.forward, SequenceLayout(length, 1, starts), Group(0, 1), LOCAL, device)
+    shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
+    output = alone.forward(shard.index, ShardedSequence(shard, LOCAL))
     return replace(alone, output=output.detach(), grads=alone.gradients((output * cotangent).sum()))
 
 
@@ -132,9 +114,9 @@ def model_error(case: Case, device: str = "cpu") -> float:
     edges = [span[0] for r in range(mesh.sequence.size) for span in layout_of(case, mesh.sequence.size).spans(r, 0)]
     starts = awkward_starts(case.length, tuple(edges)) if case.packed and case.length > 2 else ((0,), (0,))
     want = exact(case.pattern, case.length, starts, device)
-    layout = layout_of(case, mesh.sequence.size, starts)
-    chosen = algorithms(case.scan, case.attend, case.kernel)
-    output, index = run_in_chunks(want.forward, layout, mesh.sequence, chosen, device)
+    shard = Shard(layout_of(case, mesh.sequence.size, starts), mesh.sequence, torch.device(device))
+    index = shard.index
+    output = want.forward(index, ShardedSequence(shard, algorithms(case.scan, case.attend, case.kernel)))
     grads = want.gradients((output * want.cotangent[:, index]).sum())
     errors = [relative_error(output, want.output[:, index])]
     errors += [relative_error(mesh.sequence.all_reduce(g), e) for g, e in zip(grads, want.grads, strict=True)]
@@ -142,7 +124,7 @@ def model_error(case: Case, device: str = "cpu") -> float:
 
 
 def layout_of(case: Case, ranks: int, starts: tuple[tuple[int, ...], ...] = ((0,),)) -> SequenceLayout:
-    return SequenceLayout(case.length, ranks, starts, case.chunk_tokens, case.layout)
+    return SequenceLayout(case.length, ranks, starts, kind=case.layout)
 
 
 def wrong(cases: list[Case], device: str = "cpu") -> dict[Case, float]:
@@ -191,24 +173,6 @@ def test_every_attention(
     ]
     # PyTorch's own attention returns tensors in another order of memory than the one that CPUs use by default.
     cases += [Case(("softmax",), 67, packed, attend=attend, layout=layout, kernel="plain") for packed in (False, True)]
-    check(rank_pool(world_size), cases)
-
-
-@pytest.mark.parametrize("name", RECURRENT)
-def test_every_recurrent_mixer_crosses_chunks(rank_pool: Callable[[int], RankPool], name: str) -> None:
-    check(
-        rank_pool(2), [Case((name,), 29, scan=scan, layout=cut, chunk_tokens=11) for scan in SCANS for cut in LAYOUTS]
-    )
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("attend", ATTENDS)
-def test_chunks_of_time_equal_the_whole(rank_pool: Callable[[int], RankPool], attend: str, world_size: int) -> None:
-    """Carries between chunks, on one rank and composed with ranks: chunks of 2 tokens leave ranks empty."""
-    cuts: list[tuple[int, LayoutKind]] = [(2, "contiguous"), (5, "zigzag"), (11, "contiguous"), (32, "zigzag")]
-    if world_size == 4:  # four processes take turns on few cores
-        cuts = cuts[:2]
-    cases = [Case(length=37, attend=attend, layout=cut, chunk_tokens=size) for size, cut in cuts]
     check(rank_pool(world_size), cases)
 
 

@@ -36,6 +36,7 @@ from tests.distributed.test_shift import mistakes_of_shifts
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import WIDE
 from tests.harness.ranks import RankPool, run_ranks
+from tests.harness.streaming import StreamCase, stream_error
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 
 pytestmark = pytest.mark.gpu
@@ -45,13 +46,18 @@ def errors_on_gpu() -> dict[str, float]:
     """Largest relative error on this rank, by case."""
     device = pick_device("cuda")
     cases: list[Case] = []
+    streams: list[StreamCase] = []
     with process_group(device, timedelta(minutes=2)):
         for layout in LAYOUTS:
             for length in (3, 67):  # on 4 ranks some have none of 3 tokens
                 cases += [Case(("softmax",), length, attend=attend, layout=layout) for attend in ATTENDS]
                 cases += [Case(HYBRID, length, scan=scan, layout=layout) for scan in SCANS]
-            cases += [Case(length=37, attend=attend, layout=layout, chunk_tokens=5) for attend in ATTENDS]
+            streams += [StreamCase(chunk_tokens=5, attend=attend, layout=layout, offload="host") for attend in ATTENDS]
         errors = {str(case): model_error(case, str(device)) for case in cases}
+        group = build_mesh(dist.get_world_size()).sequence
+        for stream in streams:
+            chosen = algorithms(stream.scan, stream.attend)
+            errors[str(stream)] = stream_error(stream, group, chosen, str(device))
     return errors
 
 

@@ -15,6 +15,7 @@ from longtrain.mixers import simple_gla, sliding_window, softmax
 from longtrain.model.config import MixerConfig, ModelConfig
 from longtrain.objectives import next_token
 from longtrain.sequence_parallel.config import SequenceParallelConfig
+from longtrain.streaming.config import StreamConfig
 from longtrain.telemetry.config import TelemetryConfig
 from longtrain.telemetry.events import Event, StepDone
 from longtrain.training.config import RunConfig, TrainingConfig
@@ -44,6 +45,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
         seed=0,
         context_length=128,
         batch_size=2,
+        micro_batch_size=None,
         model=ModelConfig(32, 3, ("simple_gla", "softmax", "sliding_window"), 64, True, 1e-6, 0.05),
         mixer=MixerConfig(
             backend="auto",
@@ -58,6 +60,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
         sequence_parallel=SequenceParallelConfig(
             size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="auto", copy_engines=True
         ),
+        stream=StreamConfig(block_layers="all", chunk_tokens=None, logit_tokens=4096, offload="none"),
         objective=next_token.Config(name="next_token"),
         data=data,
         optimizer=OptimizerConfig("adamw", 1e-2, 0.1, 2, (0.9, 0.95), 1e-8, 0.1, 1.0),

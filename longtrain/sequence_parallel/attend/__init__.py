@@ -1,1 +1,1 @@
-"""Algorithms that serve `Sequence.attend`: a module defines `attend(call, shard, carry) -> (output, carry)`."""
+"""Algorithms that serve `Sequence.attend`: a module defines `attend(call, shard) -> output`."""

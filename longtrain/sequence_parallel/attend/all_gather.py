@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, by_rank, in_order
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
 
 
-def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
-    k, v = call.keys_and_values(carry)
-    return _GatheredAttention.apply(call.q, k, v, shard, call.attention), (k, v)
+def attend(call: AttendCall, shard: Shard) -> Tensor:
+    """Outputs [B, L, H, V]; each rank keeps the keys and values of its own tokens."""
+    k, v = call.prefix.extend(call.k, call.v, shard.own_rows)
+    return _GatheredAttention.apply(call.q, k, v, shard, call.attention)
 
 
 class _GatheredAttention(torch.autograd.Function):

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from longtrain.comm.group import Pending
 from longtrain.sequence_parallel.attend._rotation import go_round, pass_on
-from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
 from longtrain.sequence_parallel.shard import Shard, Team
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
 
 
-def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """Outputs [B, L, H, V]; each rank carries the keys and values of its own tokens."""
-    k, v = call.keys_and_values(carry)
-    return ring_attention(call.q, k, v, shard.team, call.attention), (k, v)
+def attend(call: AttendCall, shard: Shard) -> Tensor:
+    """Outputs [B, L, H, V]; each rank keeps the keys and values of its own tokens."""
+    k, v = call.prefix.extend(call.k, call.v, shard.own_rows)
+    return ring_attention(call.q, k, v, shard.team, call.attention)
 
 
 def ring_attention(q: Tensor, k: Tensor, v: Tensor, team: Team, attention: BlockAttention) -> Tensor:

@@ -1,30 +1,29 @@
 """Attention by all-to-all between tokens and heads (Jacobs et al. 2023, "DeepSpeed Ulysses").
 
 Every rank attends with all tokens of its share of the query heads, and gets the key heads that they read; where there
-are fewer key heads than ranks, several ranks get the same. It carries their keys and values of earlier chunks.
+are fewer key heads than ranks, several ranks get the same. It keeps their keys and values of earlier chunks.
 """
 
-import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import BACKWARD, AttendShape, Machine
 from longtrain.sequence_parallel.heads import HeadShares
-from longtrain.sequence_parallel.shard import Shard
+from longtrain.sequence_parallel.shard import Rows, Shard
 
 
-def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """Outputs [B, L, H, V]; a rank carries keys and values of its heads."""
+def attend(call: AttendCall, shard: Shard) -> Tensor:
+    """Outputs [B, L, H, V]; a rank keeps keys and values of its heads."""
     shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
-    q, k, v = shares.values.to_heads(call.q), shares.of_keys(call.k), shares.of_keys(call.v)
-    if carry is not None:
-        k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
     begin, end = shard.layout.chunk(shard.chunk)
+    rows = Rows(begin, end, shard.layout.length)
+    k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), rows)
+    q = shares.values.to_heads(call.q)
     if q.shape[2]:
         output = call.attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end))
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
-    return shares.values.to_tokens(output), (k, v)
+    return shares.values.to_tokens(output)
 
 
 def seconds(shape: AttendShape, machine: Machine) -> float:

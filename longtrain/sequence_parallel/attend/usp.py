@@ -8,29 +8,27 @@ of one rank it is ring attention.
 import dataclasses
 import math
 
-import torch
 from torch import Tensor
 
 from longtrain.sequence_parallel.attend import ring, ulysses
-from longtrain.sequence_parallel.call import AttendCall, KeyValue
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import AttendShape, Machine
 from longtrain.sequence_parallel.heads import HeadShares
 from longtrain.sequence_parallel.shard import Shard
 
 
-def attend(call: AttendCall, shard: Shard, carry: KeyValue | None) -> tuple[Tensor, KeyValue]:
-    """Outputs [B, L, H, V]; a rank carries keys and values of its heads, of the tokens that its group holds."""
+def attend(call: AttendCall, shard: Shard) -> Tensor:
+    """Outputs [B, L, H, V]; a rank keeps keys and values of its heads, of the tokens that its group holds."""
     size = shard.group.size
     inner = neighbours(size, shard.group.node_size, call.k.shape[2])
     near, far = shard.group.split(inner)
     groups = [tuple(range(first, first + inner)) for first in range(0, size, inner)]
     own = groups[shard.group.rank // inner]
     shares = HeadShares(shard.team_of(near, [(rank,) for rank in own]), call.k.shape[2], call.q.shape[2])
-    q, k, v = shares.values.to_heads(call.q), shares.of_keys(call.k), shares.of_keys(call.v)
-    if carry is not None:
-        k, v = torch.cat([carry[0], k], dim=1), torch.cat([carry[1], v], dim=1)
+    k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), shard.rows(own))
+    q = shares.values.to_heads(call.q)
     output = ring.ring_attention(q, k, v, shard.team_of(far, groups), call.attention)
-    return shares.values.to_tokens(output), (k, v)
+    return shares.values.to_tokens(output)
 
 
 def neighbours(size: int, node_size: int, key_heads: int) -> int:

@@ -50,6 +50,8 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ("steps=true", "steps=true: must be a valid integer; write a whole number such as 8"),
         ("steps=null", "steps=null: must be a valid integer; write a whole number such as 8"),
         ("steps=0", "steps=0: must be greater than or equal to 1"),
+        ("stream.block_layers=most", "stream.block_layers=most: must be a number of layers from 0, recurrent or all"),
+        ("stream.block_layers=-1", "must be a number of layers from 0, recurrent or all"),
         ("seed=1" + "0" * 400, "must be less than"),
         ("model.width=-1", "model.width=-1: must be greater than or equal to 1"),
         ("model.tie_embeddings=1", "model.tie_embeddings=1: must be a valid boolean; write true or false"),
@@ -123,3 +125,9 @@ def test_parse_pattern_refuses(entry: str) -> None:
     with pytest.raises(Refused) as refused:
         parse_pattern((entry,))
     assert "\n" not in str(refused.value)
+
+
+def test_checkpointing_is_of_whole_sequences() -> None:
+    said = refusal(["stream.block_layers=0", "stream.chunk_tokens=64"])
+    assert "chunk_tokens=64 does not go with block_layers=0" in said
+    assert "use block_layers=1, a larger number, recurrent or all" in said

@@ -12,7 +12,7 @@ from longtrain.comm.group import Group
 from longtrain.core.errors import Refused
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
-from longtrain.model.build import sequence_maker
+from longtrain.model.build import build_handles
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.training.rank import check_block_attention, pick_backend
 from longtrain.training.resume import identity
@@ -75,8 +75,9 @@ def test_every_sequence_states_the_backend() -> None:
     cut = SequenceParallelConfig(
         size=1, scan="all_gather", attend="ring", layout="contiguous", block_attention="plain", copy_engines=True
     )
-    make_sequence = sequence_maker(cut, Backend.REFERENCE, Group(0, 1), CPU, Registry())
-    assert make_sequence(SequenceLayout(5, 1, ((0,),))).backend is Backend.REFERENCE
+    handles = build_handles(cut, Backend.REFERENCE, Group(0, 1), CPU, Registry())
+    [shard] = handles.shards(SequenceLayout(5, 1, ((0,),)))
+    assert handles.at(shard).backend is Backend.REFERENCE
 
 
 def test_a_checkpoint_is_gone_on_from_with_another_backend() -> None:

@@ -1,0 +1,57 @@
+"""Which layers are streamed together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+from torch import Tensor, nn
+
+from longtrain.core.contracts import Sequence as SequenceHandle
+from longtrain.model.model import Model
+from longtrain.streaming.config import StreamConfig
+
+
+def cut(config: StreamConfig, growing: Sequence[bool]) -> list[range]:
+    """The blocks of layers, of which some have a carry that grows with the context."""
+    count, size = len(growing), config.block_layers
+    if size == "all":
+        return [range(count)]
+    if size == "recurrent":
+        return list(_runs(growing))
+    return [range(first, min(first + max(size, 1), count)) for first in range(0, count, max(size, 1))]
+
+
+def _runs(growing: Sequence[bool]) -> Iterator[range]:
+    """Neighbours that do not grow together, and each of the others alone."""
+    for alone, layers in groupby(range(len(growing)), key=lambda layer: growing[layer]):
+        found = list(layers)
+        yield from (range(layer, layer + 1) for layer in found) if alone else [range(found[0], found[-1] + 1)]
+
+
+@dataclass(frozen=True)
+class LayerBlock:
+    """Some layers of a model; the first block begins with the embedding."""
+
+    model: Model
+    layers: range
+
+    def __call__(self, x: Tensor, sequence: SequenceHandle) -> Tensor:
+        """[B, L] tokens or [B, L, D] hidden states -> [B, L, D]."""
+        for module in self._modules():
+            x = module(x) if isinstance(module, nn.Embedding) else module(x, sequence)
+        return x
+
+    @cached_property
+    def trainable(self) -> list[nn.Parameter]:
+        """Its parameters that are not frozen."""
+        return [p for module in self._modules() for p in module.parameters() if p.requires_grad]
+
+    def _modules(self) -> list[nn.Module]:
+        layers: list[nn.Module] = [*self.model.layers[self.layers.start : self.layers.stop]]
+        return [self.model.embedding, *layers] if self.layers.start == 0 else layers
+
+
+def blocks_of(model: Model, config: StreamConfig) -> list[LayerBlock]:
+    """In order; see `cut`."""
+    return [LayerBlock(model, layers) for layers in cut(config, [block.mixer.keeps_prefix for block in model.layers])]

@@ -1,0 +1,32 @@
+"""Gradients of parameters, summed over the parts of a step and handed over once."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longtrain_kernels.affine import accumulator_dtype
+
+
+class GradientSums:
+    """In float32 at least: hundreds of chunks in bfloat16 would lose a weight's gradient in its own rounding."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def add(self, parameters: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
+        """Gradients in any type; the tensors may be kept and changed."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            total = self._sums.get(parameter)
+            if total is None:
+                self._sums[parameter] = grad.to(accumulator_dtype(grad.dtype))
+            else:
+                total += grad
+
+    def deliver(self) -> None:
+        """Add the sums to the parameters' `grad`, as their hooks see it: once each, zeros where nothing was added."""
+        for parameter in self._parameters:
+            total = self._sums.pop(parameter, None)
+            grad = torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
+            torch.autograd.backward([parameter], [grad])

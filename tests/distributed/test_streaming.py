@@ -1,0 +1,49 @@
+"""A step cut over layers, time and ranks at once has the loss and the gradients of plain backpropagation."""
+
+from collections.abc import Callable
+
+import pytest
+
+from longtrain.comm.mesh import build_mesh
+from longtrain.core.kinds import LayoutKind
+from tests.distributed.test_parity import ATTENDS, LAYOUTS, SCANS, algorithms
+from tests.harness.mixers import RECURRENT
+from tests.harness.ranks import RankPool
+from tests.harness.streaming import TOLERANCE, StreamCase, stream_error
+
+
+def wrong(cases: list[StreamCase], sequence_size: int, device: str = "cpu") -> dict[StreamCase, float]:
+    """The cases whose error on this rank is beyond the tolerance."""
+    group = build_mesh(sequence_size).sequence
+    errors = {case: stream_error(case, group, algorithms(case.scan, case.attend), device) for case in cases}
+    return {case: error for case, error in errors.items() if not error < TOLERANCE}
+
+
+def check(pool: RankPool, cases: list[StreamCase]) -> None:
+    """On every rank; the processes run one case after another."""
+    for rank, found in enumerate(pool.run(wrong, cases, pool.world_size, timeout=240)):
+        assert not found, f"rank {rank}: {found}"
+
+
+@pytest.mark.parametrize("name", sorted(RECURRENT))
+def test_every_recurrent_mixer(rank_pool: Callable[[int], RankPool], name: str) -> None:
+    check(rank_pool(2), [StreamCase((name,), 1, 11, scan=scan, layout=cut) for scan in SCANS for cut in LAYOUTS])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("attend", ATTENDS)
+def test_every_attention(rank_pool: Callable[[int], RankPool], attend: str, layout: LayoutKind, ranks: int) -> None:
+    """Chunks of 2 tokens leave ranks empty; keys and values are made again for blocks that are not the last."""
+    cuts = [(1, 11), ("recurrent", 5)] if ranks == 2 else [("all", 2)]
+    cases = [StreamCase(block_layers=b, chunk_tokens=c, attend=attend, layout=layout) for b, c in cuts]  # type: ignore[arg-type]
+    check(rank_pool(ranks), cases)
+
+
+@pytest.mark.parametrize("scan", SCANS)
+def test_every_scan_in_blocks(rank_pool: Callable[[int], RankPool], scan: str) -> None:
+    cases = [
+        StreamCase(block_layers=2, chunk_tokens=7, scan=scan, layout=layout, tied=True, micro_batch_size=2)
+        for layout in LAYOUTS
+    ]
+    check(rank_pool(3), [*cases, StreamCase(block_layers=0, chunk_tokens=None, scan=scan)])

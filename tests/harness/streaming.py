@@ -1,0 +1,132 @@
+"""Gradients of a streamed step against plain backpropagation on one rank, in float64."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from longtrain.comm.group import Group
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.labels import IGNORED_LABEL
+from longtrain.core.layout import SequenceLayout
+from longtrain.core.registry import Registry
+from longtrain.model.build import build_model
+from longtrain.model.config import ModelConfig
+from longtrain.model.model import Model
+from longtrain.objectives import next_token
+from longtrain.sequence_parallel import local
+from longtrain.sequence_parallel.handle import Algorithms, Handles, ShardedSequence
+from longtrain.sequence_parallel.shard import Shard
+from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.stream import Stream
+from tests.harness.documents import awkward_starts
+from tests.harness.mixers import MIXERS
+
+TOLERANCE = 1e-10  # the project's bound; errors seen are near 1e-14
+HYBRID = ("simple_gla", "softmax", "gated_delta", "sliding_window", "softmax")
+VOCABULARY = 11
+SEQUENCES = 3
+LOCAL = Algorithms(scan=local.scan, attend=local.attend)
+OBJECTIVE = next_token.Objective(next_token.Config("next_token"))
+
+
+@dataclass(frozen=True)
+class StreamCase:
+    """A model, a batch of packed sequences with masked labels, and how their backpropagation is cut."""
+
+    pattern: tuple[str, ...] = HYBRID
+    block_layers: int | Literal["recurrent", "all"] = "all"
+    chunk_tokens: int | None = 5
+    length: int = 29
+    packed: bool = True
+    tied: bool = False
+    frozen: tuple[str, ...] = ()
+    """Beginnings of names of parameters."""
+    micro_batch_size: int = SEQUENCES
+    scan: str = "all_gather"
+    attend: str = "ring"
+    layout: LayoutKind = "contiguous"
+    offload: Literal["none", "host"] = "none"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed, and what comes out of plain backpropagation."""
+
+    model: Model
+    tokens: Tensor
+    labels: Tensor
+    count: Tensor
+    starts: tuple[tuple[int, ...], ...]
+    loss_sum: float
+    grads: dict[str, Tensor]
+
+
+@cache  # cuts of the same share it
+def problem(
+    pattern: tuple[str, ...], length: int, packed: bool, tied: bool, frozen: tuple[str, ...], device: str
+) -> Problem:
+    """Plain backpropagation of the whole batch."""
+    config = ModelConfig(12, len(pattern), pattern, 16, tied, 1e-6, 0.5)
+    model = build_model(config, MIXERS, VOCABULARY, seed=3, registry=Registry()).double().to(device)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
+    torch.manual_seed(length)
+    tokens = torch.randint(VOCABULARY, (SEQUENCES, length)).to(device)
+    labels = torch.randint(VOCABULARY, (SEQUENCES, length)).to(device)
+    labels[0, length // 3 : length // 2], labels[-1, -1] = IGNORED_LABEL, IGNORED_LABEL
+    starts = (*awkward_starts(length, (length // 2,)), (0,)) if packed else ((0,),) * SEQUENCES
+    shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
+    logits = model.head(model(tokens, ShardedSequence(shard, LOCAL)))
+    loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    count = OBJECTIVE.count(labels)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(loss_sum / count, list(trained.values()), materialize_grads=True)
+    return Problem(model, tokens, labels, count, starts, loss_sum.item(), dict(zip(trained, grads, strict=True)))
+
+
+def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
+    """Shared by cases that cut the same."""
+    return problem(case.pattern, case.length, case.packed, case.tied, case.frozen, device)
+
+
+def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, device: str = "cpu") -> float:
+    """Largest error, relative to the largest entry of the exact tensor, of the loss and of every gradient.
+
+    Losses and gradients are summed over ranks, as a loop and an engine do.
+    """
+    exact = problem_of(case, device)
+    found = stream_gradients(case, exact, group, chosen, torch.device(device))
+    loss = group.all_reduce(found[0].clone()).item()
+    errors = [abs(loss - exact.loss_sum) / abs(exact.loss_sum)]
+    for name, want in exact.grads.items():
+        got = group.all_reduce(found[1][name].clone())
+        errors.append(((got - want).abs().max() / (want.abs().max() + 1e-30)).item())
+    return max(errors)
+
+
+def stream_gradients(
+    case: StreamCase, exact: Problem, group: Group, chosen: Algorithms, device: torch.device
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's sum of losses and its gradients."""
+    config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
+    stream = Stream(exact.model, Handles(chosen, group, device), OBJECTIVE, config, nullcontext)
+    losses = []
+    for first in range(0, SEQUENCES, case.micro_batch_size):
+        some = slice(first, first + case.micro_batch_size)
+        layout = SequenceLayout(case.length, group.size, exact.starts[some], case.chunk_tokens, case.layout)
+        index = torch.cat([shard.index for shard in stream_shards(layout, group, device)])
+        losses.append(stream.backward(exact.tokens[some][:, index], exact.labels[some][:, index], layout, exact.count))
+    stream.deliver()
+    grads = {name: exact.model.get_parameter(name).grad for name in exact.grads}
+    exact.model.zero_grad(set_to_none=True)
+    return torch.stack(losses).sum(), {name: grad for name, grad in grads.items() if grad is not None}
+
+
+def stream_shards(layout: SequenceLayout, group: Group, device: torch.device) -> list[Shard]:
+    """Of all chunks."""
+    return [Shard(layout, group, device, chunk) for chunk in range(layout.num_chunks)]
