@@ -90,6 +90,8 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )
+        for name in known if algorithm == "auto" else (algorithm,):
+            registry.load(f"sequence_parallel.{verb}", name, (verb,))  # refuses a broken one before workers start
 
 
 def _check_backend(config: JobConfig) -> None:

@@ -93,9 +93,8 @@ def choose(kind: str, shapes: Sequence[Shape], machine: Machine, registry: Regis
 
     Algorithms without a `seconds` are not considered. Equal estimates go by name.
     """
-    modules = {
-        name: registry.load(f"sequence_parallel.{kind}", name) for name in registry.names(f"sequence_parallel.{kind}")
-    }
+    folder = f"sequence_parallel.{kind}"
+    modules = {name: registry.load(folder, name, (kind,)) for name in registry.names(folder)}
     known: dict[str, Callable[[Any, Machine], float]] = {
         name: module.seconds for name, module in modules.items() if hasattr(module, "seconds")
     }
