@@ -76,13 +76,15 @@ class DemandingSequence(ShardedSequence):
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, and the estimates that spoke for it."""
+    """An algorithm or a kernel, and the estimates that spoke for it."""
 
     name: str
-    estimates: Mapping[str, float]
-    """Seconds a step of forward and backward, by algorithm, of what differs between them."""
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    """Seconds a step of forward and backward, by algorithm, of what differs between them; empty for a kernel."""
 
     def __str__(self) -> str:
+        if not self.estimates:
+            return self.name
         ranked = sorted(self.estimates.items(), key=lambda item: item[1])
         listed = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in ranked)
         return f"{self.name} (estimated ms of forward and backward, all layers: {listed})"

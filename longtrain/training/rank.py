@@ -1,10 +1,12 @@
 """One rank of a training run, from the configuration and the env:// variables to its outcome."""
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +18,7 @@ from longtrain.data.prepare import open_corpus
 from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.automatic import Batch, name_algorithms
 from longtrain.model.build import build_model, sequence_maker
+from longtrain.sequence_parallel.choice import Choice
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
 from longtrain.telemetry.records import RunRecords
@@ -63,9 +66,10 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             batch, autocast = _local_batch(config, mesh), engine.autocast(device)
             algorithms, choices = name_algorithms(cut, model, batch, mesh, device, autocast, registry)
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
-            records = RunRecords(directory) if mesh.is_writer else None
+            records, event = (RunRecords(directory), listener.event) if mesh.is_writer else (None, None)
             listener.phase("load", 0)
-            start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
+            automatic = _automatic(config, choices, backend)
+            start = resume(config, store, engine, corpus, records, automatic, event)
             if mesh.is_writer:
                 listener.event(
                     Started(
@@ -79,23 +83,22 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                         unigram_entropy=corpus.unigram_entropy,
                         run_directory=str(directory),
                         backend=backend.value,
-                        choices=choices,
+                        choices=tuple(f"{key}={choice}" for key, choice in choices.items() if choice.estimates),
                     )
                 )
-            objective = registry.load("objectives", config.objective.name, ("Config", "Objective"))
             end = Loop(
                 config=config,
                 mesh=mesh,
                 device=device,
                 model=model,
-                objective=objective.Objective(config.objective),
+                objective=_objective(config, registry),
                 engine=engine,
                 reader=BatchReader(corpus, config.context_length, config.batch_size, cut.layout, mesh, device),
                 make_sequence=sequence_maker(algorithms, backend, mesh.sequence, device, registry),
                 store=store,
                 records=records,
                 listener=listener,
-                identity=identity(config, corpus),
+                about={"identity": identity(config, corpus), "automatic": automatic},
                 attempt=start.attempt,
             ).run(start.step, start.tokens)
     listener.phase("done", end.step)
@@ -106,6 +109,17 @@ def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
     """Of the mixers. Refuses what cannot run here."""
     check_block_attention(config.sequence_parallel.block_attention, device, config.engine.precision)
     return pick_backend(config.mixer.backend, device, config.engine.precision)
+
+
+def _automatic(config: TrainingConfig, choices: Mapping[str, Choice], backend: Backend) -> dict[str, str]:
+    """What every setting that is `auto` is here, by key."""
+    mixers = {"mixer.backend": backend.value} if config.mixer.backend == "auto" else {}
+    return {key: choice.name for key, choice in choices.items()} | mixers
+
+
+def _objective(config: TrainingConfig, registry: Registry) -> Any:
+    module = registry.load("objectives", config.objective.name, ("Config", "Objective"))
+    return module.Objective(config.objective)
 
 
 def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
