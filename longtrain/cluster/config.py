@@ -40,7 +40,8 @@ class ClusterConfig:
     """A worker that has not been heard of for so long is treated as failed."""
     hang_timeout_seconds: Seconds
     """Ranks of which none has gone on for so long are treated as hanging: twice as long in an attempt's first step,
-    while loading and saving; ten times where no rank waits for another. Work between two exchanges may take so long."""
+    while loading and saving; ten times where no rank waits for another. Work between two exchanges may take so long.
+    The only rank of a job waits for nobody and is never treated so: after ten times as long a line says where it is."""
 
 
 @dataclass(frozen=True)
