@@ -17,9 +17,10 @@ refuse() {
     exit 2
 }
 
-# pip, quietly: its words go to a log, whose end is shown if it fails. The installed packages come from wheels.
+# pip, quietly: its words go to a log, whose end is shown if it fails. The installed packages come from wheels. Python
+# compiles what is imported; to compile all of it here would take a minute.
 install() {
-    "$environment/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >>"$environment/install.log" 2>&1
+    "$environment/bin/python" -m pip install --disable-pip-version-check --no-input --no-compile "$@" >>"$environment/install.log" 2>&1
 }
 
 install_torch() {

@@ -16,4 +16,12 @@ ruff check --quiet .
 ruff format --quiet --check .
 lint-imports --no-cache >/dev/null || lint-imports --no-cache
 mypy
-exec pytest "$@"
+if [ $# -gt 0 ]; then
+    exec pytest "$@"
+fi
+# Tests that start no group of ranks and no cluster run two at a time; the others, which measure times, one by one.
+alone=(tests/unit tests/architecture)
+status=0
+pytest -n 2 --dist loadfile "${alone[@]}" || status=$?
+pytest "${alone[@]/#/--ignore=}" || status=$?
+exit "$status"

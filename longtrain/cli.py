@@ -107,6 +107,7 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argumen
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            conflict_handler="resolve",
         )
         commands[name].set_defaults(handler=command.handler)
         command.add_arguments(commands[name])
@@ -147,7 +148,21 @@ def _checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="a run directory or a checkpoint")
 
 
+class _BenchHelp(argparse.Action):
+    """Of the benchmark that has been named before, else of the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: object) -> None:
+        if namespace.name is None:
+            parser.print_help()
+        else:
+            from longtrain.bench import help_text
+
+            print(help_text(namespace.name, namespace.overrides))
+        parser.exit()
+
+
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action=_BenchHelp, nargs=0, help="show this; behind a name, its options")
     parser.add_argument("name", nargs="?", help="the benchmark; without it, they are listed")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="KEY=VALUE", help="its options; out=FILE writes JSON"

@@ -1,16 +1,21 @@
 """`longtrain bench NAME [key=value ...]`: measures this machine and what of ours, and of others, runs on it.
 
 A benchmark is a module of this folder (its name does not start with an underscore). Its docstring's first line is its
-summary; it defines `Config`, a frozen dataclass with defaults derived from `_report.Options`, and
-`run(config: Config) -> int`, which returns the exit code. Underscores of its name are dashes on the command line.
+summary; it defines `Config`, a frozen dataclass with defaults derived from `_report.Options`,
+`run(config: Config) -> int`, which returns the exit code, and `choices(registry: Registry) -> dict[str, list[str]]`,
+which has the names that an option takes, for each that takes names. Underscores of its name are dashes on the command
+line.
 """
 
 import ast
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
+from longtrain.bench._help import describe
+from longtrain.config.compose import plugin_folders
 from longtrain.config.load import load_config
 from longtrain.config.overrides import parse_overrides, spell, string_keys
 from longtrain.core.errors import Refused
@@ -39,8 +44,20 @@ def _options(tree: ast.Module, name: str) -> list[str]:
 
 def run_benchmark(name: str, overrides: Sequence[str]) -> int:
     """Run one benchmark and return its exit code. Raises Refused for an unknown name, key or value."""
-    module = Registry().load("bench", name.replace("-", "_"), ("Config", "run"))
+    module = _benchmark(name)
     return module.run(parse_options(name, module.Config, overrides))
+
+
+def help_text(name: str, overrides: Sequence[str]) -> str:
+    """What each option of a benchmark takes; with the components of the `plugins` among `overrides`. Raises Refused."""
+    module = _benchmark(name)
+    config = parse_options(name, module.Config, overrides)
+    registry = Registry(tuple(plugin_folders(getattr(config, "plugins", ())).values()))
+    return describe(name, summaries()[name.replace("_", "-")][0], module.Config, module.choices(registry))
+
+
+def _benchmark(name: str) -> ModuleType:
+    return Registry().load("bench", name.replace("-", "_"), ("Config", "run", "choices"))
 
 
 def parse_options(name: str, config_type: type[T], overrides: Sequence[str]) -> T:

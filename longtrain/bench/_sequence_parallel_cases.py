@@ -4,7 +4,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from longtrain.core.kinds import LayoutKind
 
@@ -72,8 +73,8 @@ class Plan:
     seconds: float
     threads: int
     """Of torch on a CPU, of each rank."""
-    layers: dict[str, Any]
-    """By mixer: the configurations of a model of one layer, and of the mixer."""
+    plugins: tuple[Path, ...]
+    """Folders of components beside the project's own."""
     cases: tuple[Case, ...]
 
 

@@ -1,19 +1,25 @@
 """A sequence with its operation, the same on every rank; and the part of it that one rank computes."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.bench._operations import OPERATIONS, Shape, Tensors
 from longtrain.bench._sequence_parallel_cases import Plan, document_starts
+from longtrain.cluster.resolve import resolve
 from longtrain.comm.group import Group
 from longtrain.core.contracts import Recurrence
+from longtrain.core.errors import Refused
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.layout import SequenceLayout, span_index
-from longtrain.core.registry import Registry
+from longtrain.core.registry import Registry, did_you_mean
 from longtrain.model.build import build_model
+from longtrain.model.config import ModelConfig
 from longtrain.model.model import Block
 from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, ShardedSequence
@@ -118,10 +124,44 @@ def recurrence(operation: str, x: Tensors) -> Recurrence:
     return DiagonalScan(x["queries"], x["keys"], x["values"], x.get("log_decay"))
 
 
+def is_recurrent(mixer_config: type) -> bool:
+    """Whether a mixer with this `Config` has a state, not tokens, to hand on."""
+    return "key_dim" in _options(mixer_config)
+
+
+def _options(mixer_config: type) -> set[str]:
+    return {field.name for field in fields(mixer_config)}
+
+
+def layer_of(mixer: str, heads: int, width: int, plugins: Sequence[Path]) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """The configurations of a model of one layer of it, and of its mixer by name.
+
+    Raises Refused for a mixer that does not exist, or that keeps tokens.
+    """
+    registry = Registry(tuple(plugins))
+    if mixer not in registry.names("mixers"):
+        raise Refused(f"layers: there is no '{mixer}'{did_you_mean(mixer, registry.names('mixers'))}")
+    config = registry.load("mixers", mixer, ("Config",)).Config
+    if not is_recurrent(config):
+        raise Refused(f"layers: '{mixer}' is no recurrence; `attend` measures softmax attention")
+    sizes = {"num_heads": heads, "num_value_heads": heads, "key_dim": width, "value_dim": width}
+    job = resolve(
+        [
+            f"plugins={json.dumps([str(folder) for folder in plugins])}",
+            f"model.pattern=[{mixer}]",
+            "model.num_layers=1",
+            f"model.width={heads * width}",
+            f"model.initializer_std={(heads * width) ** -0.5}",
+            *(f"mixer.{mixer}.{key}={value}" for key, value in sizes.items() if key in _options(config)),
+        ]
+    )
+    return job.config.model, job.config.mixer.options
+
+
 def _layer(mixer: str, tokens: int, starts: tuple[int, ...], plan: Plan, device: torch.device) -> Problem:
     """A mixer under autocast, as a model calls it: float32 parameters and residuals."""
-    model_config, mixer_config = plan.layers[mixer]
-    block = build_model(model_config, {mixer: mixer_config}, 2, 0, Registry()).blocks[0]
+    model_config, mixer_configs = layer_of(mixer, plan.heads, plan.width, plan.plugins)
+    block = build_model(model_config, mixer_configs, 2, 0, Registry(plan.plugins)).blocks[0]
     assert isinstance(block, Block)
     module = block.mixer.to(device)
     x = torch.randn(1, tokens, model_config.width, device=device)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,9 +111,9 @@ class Bench:
                 problem, peer.tokens(layout, group.rank, self._device), peer.prepare(layout, group, self._device)
             )
         if case.kind == "attend":
-            chosen = replace(LOCAL, attend=_algorithm("attend", case.algorithm))
+            chosen = replace(LOCAL, attend=_algorithm("attend", case.algorithm, self._plan.plugins))
         else:
-            chosen = replace(LOCAL, scan=_algorithm("scan", case.algorithm))
+            chosen = replace(LOCAL, scan=_algorithm("scan", case.algorithm, self._plan.plugins))
         return problem.part(layout, group, chosen)
 
     def _verdict(self, case: Case, part: Part, problem: Problem) -> Row:
@@ -212,8 +213,8 @@ def _step(part: Part, direction: str) -> Callable[[], object]:
     return part.forward if direction == "forward" else part.both
 
 
-def _algorithm(verb: str, name: str) -> Callable[..., Any]:
-    return getattr(Registry().load(f"sequence_parallel.{verb}", name, (verb,)), verb)
+def _algorithm(verb: str, name: str, plugins: tuple[Path, ...]) -> Callable[..., Any]:
+    return getattr(Registry(plugins).load(f"sequence_parallel.{verb}", name, (verb,)), verb)
 
 
 def _error(detail: str) -> Row:

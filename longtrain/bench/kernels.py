@@ -21,7 +21,7 @@ from longtrain.bench._report import Options, Report
 from longtrain.bench._table import Table
 from longtrain.bench._timing import Ceilings, Timing, measure, measure_ceilings
 from longtrain.core.errors import Refused
-from longtrain.core.registry import did_you_mean
+from longtrain.core.registry import Registry, did_you_mean
 from longtrain.core.units import parse_token_count
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -61,16 +61,23 @@ def _shapes(value: Any) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
+_BACKENDS = {backend.value: backend for backend in Backend}
+
+
 @dataclass(frozen=True)
 class Config(Options):
     """Options of `longtrain bench kernels`."""
 
     ops: Annotated[tuple[str, ...], _names("operation", {name: name for name in OPERATIONS})] = tuple(OPERATIONS)
-    shapes: Annotated[tuple[Shape, ...] | None, PlainValidator(_shapes)] = None
+    shapes: Annotated[
+        tuple[Shape, ...] | None,
+        PlainValidator(_shapes),
+        Field(description="sequences x tokens x heads x width such as 1x32kx16x128, one or a list"),
+    ] = None
     """None: large ones on a GPU, small ones on a CPU."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of the inputs. None: bfloat16 on a GPU, float32 on a CPU."""
-    backends: Annotated[tuple[Backend, ...] | None, _names("backend", {b.value: b for b in Backend})] = None
+    backends: Annotated[tuple[Backend, ...] | None, _names("backend", _BACKENDS)] = None
     """None: the device's default."""
     direction: Literal["forward", "both"] = "both"
     peers: bool = True
@@ -80,6 +87,11 @@ class Config(Options):
     """The least number of repetitions of which a median is taken."""
     seconds: Annotated[float, Field(gt=0)] = 0.3
     """About how long a measurement repeats a call that is short."""
+
+
+def choices(registry: Registry) -> dict[str, list[str]]:
+    """See the package."""
+    return {"ops": list(OPERATIONS), "backends": list(_BACKENDS)}
 
 
 @dataclass(frozen=True)

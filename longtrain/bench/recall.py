@@ -87,6 +87,11 @@ class Config(Options):
     """Of activations. None: bfloat16 on a GPU, float32 on a CPU."""
 
 
+def choices(registry: Registry) -> dict[str, list[str]]:
+    """See the package."""
+    return {"mixers": registry.names("mixers")}
+
+
 def run(config: Config) -> int:
     """Train, print and write a row for each mixer; returns 1 if one cannot be trained.
 
@@ -128,7 +133,7 @@ def choose_task(config: Config, device: torch.device) -> Task:
 
 
 def _names(config: Config) -> tuple[str, ...]:
-    known = Registry().names("mixers")
+    known = choices(Registry())["mixers"]
     for name in config.mixers or ():
         if name not in known:
             raise Refused(f"mixers: there is no '{name}'{did_you_mean(name, known)}")

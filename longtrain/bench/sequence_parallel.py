@@ -30,14 +30,14 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from longtrain.bench._report import Options, Report
 from longtrain.bench._sequence_parallel_cases import Candidate, Case, Kind, Plan, Scaling, operation_cases
 from longtrain.bench._sequence_parallel_peers import candidates, inventory
-from longtrain.bench._sequence_parallel_problems import SCANS
+from longtrain.bench._sequence_parallel_problems import SCANS, is_recurrent, layer_of
 from longtrain.bench._sequence_parallel_projection import project
 from longtrain.bench._sequence_parallel_rank import LOOPBACK, main
 from longtrain.bench._sequence_parallel_table import Table
 from longtrain.bench._sequence_parallel_world import links_of
-from longtrain.cluster.resolve import resolve
 from longtrain.comm.links import Link
 from longtrain.comm.rendezvous import host_store
+from longtrain.config.compose import plugin_folders
 from longtrain.core.errors import Refused, WorkerFailed
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.registry import Registry, did_you_mean
@@ -61,6 +61,8 @@ class Config(Options):
     """Algorithms for them. None: every one; [] for none."""
     attend: Names | None = None
     """Algorithms for softmax attention, likewise."""
+    plugins: Annotated[tuple[str, ...], OneOrMore, Field(description="folders laid out like the project")] = ()
+    """Whose algorithms and mixers are measured as well."""
     layers: Names = ("gla", "gated_delta")
     """Recurrent mixers to be measured whole, with every algorithm of `scan`."""
     layouts: Annotated[tuple[LayoutKind, ...] | None, Field(min_length=1), OneOrMore] = None
@@ -106,6 +108,17 @@ CPU = _Sizes(512, 4, 16, "float32", 3, 0.02)
 Main = Callable[[int, Plan, int, Connection], None]
 
 
+def choices(registry: Registry) -> dict[str, list[str]]:
+    """See the package."""
+    mixers = {name: registry.load("mixers", name, ("Config",)) for name in registry.names("mixers")}
+    return {
+        "ops": list(SCANS),
+        "scan": registry.names("sequence_parallel.scan"),
+        "attend": registry.names("sequence_parallel.attend"),
+        "layers": [name for name, module in mixers.items() if is_recurrent(module.Config)],
+    }
+
+
 def run(config: Config, entry: Main = main) -> int:
     """Start the ranks, print and write their rows; returns 1 if an algorithm of ours is wrong or fails.
 
@@ -116,7 +129,7 @@ def run(config: Config, entry: Main = main) -> int:
     report, table = Report("sequence-parallel", config, torch.device(plan.device)), Table()
     peers = inventory(plan.device) if config.peers else {}
     report.set("peers", peers)
-    report.set("plan", {k: v for k, v in asdict(plan).items() if k not in ("cases", "layers")})
+    report.set("plan", {k: v for k, v in asdict(plan).items() if k not in ("cases", "plugins")})
     table.head(report.content["machine"], plan, peers)
     failed, slow = False, Link(config.slow_latency, config.slow_bandwidth)
     for kind, content in launch(plan, entry):
@@ -174,6 +187,9 @@ def make_plan(config: Config) -> Plan:
     sizes = GPU if device == "cuda" else CPU
     tokens = config.tokens or sizes.tokens
     heads, width = config.heads or sizes.heads, config.width or sizes.width
+    plugins = tuple(plugin_folders(config.plugins).values())
+    for name in config.layers:
+        layer_of(name, heads, width, plugins)  # refuses here what no rank could build
     return Plan(
         ranks=ranks,
         device=device,
@@ -184,14 +200,14 @@ def make_plan(config: Config) -> Plan:
         repeats=config.repeats or sizes.repeats,
         seconds=config.seconds or sizes.seconds,
         threads=max(1, torch.get_num_threads() // ranks),
-        layers={name: _layer(name, heads, width) for name in config.layers},
-        cases=tuple(_cases(config, tokens, ranks, device)),
+        plugins=plugins,
+        cases=tuple(_cases(config, Registry(plugins), tokens, ranks, device)),
     )
 
 
-def _cases(config: Config, tokens: int, ranks: int, device: str) -> Iterator[Case]:
-    scans = _known("scan", config.scan, Registry().names("sequence_parallel.scan"))
-    attends = _known("attend", config.attend, Registry().names("sequence_parallel.attend"))
+def _cases(config: Config, registry: Registry, tokens: int, ranks: int, device: str) -> Iterator[Case]:
+    scans = _algorithms("scan", config.scan, registry)
+    attends = _algorithms("attend", config.attend, registry)
     ops = _known("ops", config.ops, list(SCANS))
     usual: tuple[LayoutKind, ...] = ("contiguous",)
     scan_layouts, attend_layouts = config.layouts or usual, config.layouts or (*usual, "zigzag")
@@ -213,28 +229,17 @@ def _cases(config: Config, tokens: int, ranks: int, device: str) -> Iterator[Cas
     yield from operation_cases("layer", layers, tokens, ranks, (False,), ("weak",))
 
 
+def _algorithms(verb: str, names: tuple[str, ...] | None, registry: Registry) -> tuple[str, ...]:
+    """The named ones, or all, each of which can be imported. Raises Refused."""
+    kind = f"sequence_parallel.{verb}"
+    found = _known(verb, names, registry.names(kind))
+    for name in found:
+        registry.load(kind, name, (verb,))
+    return found
+
+
 def _known(option: str, names: tuple[str, ...] | None, known: list[str]) -> tuple[str, ...]:
     for name in names or ():
         if name not in known:
             raise Refused(f"{option}: there is no '{name}'{did_you_mean(name, known)}")
     return tuple(known) if names is None else names
-
-
-def _layer(mixer: str, heads: int, width: int) -> tuple[Any, Any]:
-    """The configurations of a model of one layer of it, and of the mixer. Raises Refused for one that keeps tokens."""
-    _known("layers", (mixer,), Registry().names("mixers"))
-    module = Registry().load("mixers", mixer, ("Config",))
-    sizes = {"num_heads": heads, "num_value_heads": heads, "key_dim": width, "value_dim": width}
-    options = {key: value for key, value in sizes.items() if key in module.Config.__dataclass_fields__}
-    if "key_dim" not in options:
-        raise Refused(f"layers: '{mixer}' is no recurrence; `attend` measures softmax attention")
-    job = resolve(
-        [
-            f"model.pattern=[{mixer}]",
-            "model.num_layers=1",
-            f"model.width={heads * width}",
-            f"model.initializer_std={(heads * width) ** -0.5}",
-            *(f"mixer.{mixer}.{key}={value}" for key, value in options.items()),
-        ]
-    )
-    return job.config.model, job.config.mixer.options[mixer]

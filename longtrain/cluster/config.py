@@ -40,7 +40,8 @@ class ClusterConfig:
     """A worker that has not been heard of for so long is treated as failed."""
     hang_timeout_seconds: Seconds
     """Ranks of which none has gone on for so long are treated as hanging: twice as long in an attempt's first step,
-    while loading and saving; ten times where no rank waits for another. Work between two exchanges may take so long."""
+    while loading and saving; ten times where no rank waits for another. Work between two exchanges may take so long.
+    The only rank of a job waits for nobody and is never treated so: after ten times as long a line says where it is."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             raise Refused(
                 f"sequence_parallel.{verb}={algorithm}: there is no such algorithm{did_you_mean(algorithm, known)}"
             )
+        for name in known if algorithm == "auto" else (algorithm,):
+            registry.load(f"sequence_parallel.{verb}", name, (verb,))  # refuses a broken one before workers start
 
 
 def _check_backend(config: JobConfig) -> None:

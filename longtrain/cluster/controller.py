@@ -112,7 +112,7 @@ class Observer(Protocol):
         ...
 
     def incident(self, kind: str, message: str, **details: Any) -> None:
-        """A failure (`kind` is its `Fault`) with rank, step and decision, or `recovered`."""
+        """A failure (`kind` is its `Fault`) with rank, step and decision; `recovered`; `slow`, which ends nothing."""
         ...
 
     def committed_step(self) -> int | None:
@@ -247,6 +247,10 @@ class Controller:
         report = self._group.poll(POLL_SECONDS)
         self._take(report)
         failures = report.failures or self._vigil.failures(self._done.keys(), self._group.name)
+        slow = self._vigil.notice(self._group.name)
+        if slow is not None:
+            pulse = self._vigil.pulses[0]
+            self._observer.incident("slow", slow, rank=0, step=pulse.step, phase=pulse.phase, traceback=pulse.stack)
         if failures:
             self._fail(failures)
         elif len(self._done) == self._group.size:

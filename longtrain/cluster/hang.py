@@ -3,8 +3,13 @@
 A rank waits for another that has entered fewer phases or, in the same phase, has begun fewer collectives of a group
 that both are in, and for the peers of a transfer that it is in. Blamed are the ranks that others wait for and that
 wait for nobody: the ends of all chains of waiting. Ranks that wait for each other in a circle blame nobody.
+
+The only rank of a job has nobody to wait for, and keeps nobody waiting: however long it does not go on, it is at work
+of its own, which a restart would only begin again. Several ranks of which none seems to wait may still do so: with NCCL
+a rank waits for its GPU outside of any exchange.
 """
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
@@ -12,8 +17,8 @@ from longtrain.cluster.pulse import Pulse
 
 _OUTSIDE_STEPS = 2.0
 """The first step of an attempt compiles and tunes; loading and saving read and write files."""
-_NOBODY_WAITS = 10.0
-"""A rank without peers, or all ranks at once, may do long work between two exchanges."""
+NOBODY_WAITS = 10.0
+"""All ranks at once may do long work between two exchanges."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Verdict:
     waiting: tuple[int, ...]
     """Inside an exchange, or further than the others."""
     patience: float
-    """How many times the limit is to be waited before this is believed."""
+    """How many times the limit is to be waited before this is believed; infinite for the only rank of a job."""
 
     @property
     def culprits(self) -> tuple[int, ...]:
@@ -58,7 +63,7 @@ def judge(pulses: Mapping[int, Pulse], done: Set[int] = frozenset(), silent: Set
     settled = all(pulse.phase == "step" and pulse.steps > 1 for pulse in suspects)
     patience = 1.0 if settled else _OUTSIDE_STEPS
     if not (waiting or silent):
-        patience = _NOBODY_WAITS
+        patience = NOBODY_WAITS if len(pulses) > 1 else math.inf
     return Verdict(tuple(sorted(silent)), tuple(sorted(behind)), tuple(sorted(waiting)), patience)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence, Set
 
 from longtrain.cluster.failure import Failure, Fault
-from longtrain.cluster.hang import Verdict, judge
+from longtrain.cluster.hang import NOBODY_WAITS, Verdict, judge
 from longtrain.cluster.pulse import Pulse
 from longtrain.comm.journal import list_ranks
 
@@ -24,6 +24,7 @@ class Vigil:
         self.silence: dict[int, float] = {}
         """Seconds for which each rank has not been heard of."""
         self._stillness: dict[int, float] = {}
+        self._noticed = False
 
     def begin(self, size: int) -> None:
         """All `size` ranks run from now on."""
@@ -42,7 +43,7 @@ class Vigil:
             if old is None or pulse.count > old.count:
                 self.silence[rank] = 0.0
                 if old is None or pulse.position != old.position:
-                    self._stillness[rank] = 0.0
+                    self._stillness[rank], self._noticed = 0.0, False
                 self.pulses[rank] = pulse
 
     def failures(self, done: Set[int], name: Callable[[int], str]) -> list[Failure]:
@@ -53,6 +54,17 @@ class Vigil:
             message = f"was not heard of for {limit:g} s (cluster.heartbeat_timeout_seconds)"
             return [Failure(Fault.SILENT, rank, f"{name(rank)} {message}") for rank in silent]
         return self._hang(done, name)
+
+    def notice(self, name: Callable[[int], str]) -> str | None:
+        """A line, once each time, where the only rank of a job is at something for long, which is no failure."""
+        if self._noticed or self.pulses.keys() != {0} or self._stillness.keys() != {0}:
+            return None
+        still = self._stillness[0]
+        if still <= self._hang_limit * NOBODY_WAITS:
+            return None
+        self._noticed = True
+        told = f"{name(0)}: no progress for {still:.0f} s {self.pulses[0]}"
+        return f"{told}; no other rank waits for it, so it goes on, and incidents.jsonl has its stack"
 
     def _hang(self, done: Set[int], name: Callable[[int], str]) -> list[Failure]:
         still = min((seconds for rank, seconds in self._stillness.items() if rank not in done), default=0.0)

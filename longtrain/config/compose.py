@@ -116,12 +116,17 @@ def _plugin_folders(parsed: Sequence[Override]) -> dict[str, Path]:
     value = given.value()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise Refused(f"{spell(given.input_line)}: expected a list of folders; write plugins=[FOLDER]")
-    folders = {item: Path(item).expanduser().absolute() for item in value}
+    return plugin_folders(value)
+
+
+def plugin_folders(given: Sequence[str]) -> dict[str, Path]:
+    """The absolute folder of each. Raises Refused for one that is not there, or given twice."""
+    folders = {item: Path(item).expanduser().absolute() for item in given}
     for item, folder in folders.items():
         if not folder.is_dir():
             raise Refused(f"plugins: {spell(item)} is not a folder; give one laid out like the project")
-    if len(set(folders.values())) != len(value):
-        raise Refused(f"{spell(given.input_line)}: a folder is listed twice; list it once")
+    if len(set(folders.values())) != len(given):
+        raise Refused(f"plugins={spell(given)}: a folder is listed twice; list it once")
     return folders
 
 

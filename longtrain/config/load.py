@@ -89,6 +89,8 @@ def _constraint(detail: ErrorDetails) -> str:
 
 def _remedy(detail: ErrorDetails, key: str) -> str:
     kind, value = detail["type"], detail["input"]
+    if kind in ("string_type", "literal_error") and isinstance(value, list):
+        return f"; write one: {key}={spell(value[0]) if value else 'VALUE'}"
     if kind == "literal_error":
         near = did_you_mean(str(value), re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
         return near if "did you mean" in near else "; use one of them"

@@ -35,5 +35,7 @@ def format_token_count(count: int) -> str:
     return str(count)
 
 
-TokenCount = Annotated[int, BeforeValidator(parse_token_count), Field(gt=0)]
+TokenCount = Annotated[
+    int, BeforeValidator(parse_token_count), Field(gt=0, description="a number of tokens such as 4096, 128k or 1M")
+]
 """A positive number of tokens; accepts the units above."""

@@ -1,10 +1,11 @@
-"""`sequence_parallel.scan=auto` and `attend=auto`: names what the model's layers are served by, and says why."""
+"""`auto` for `sequence_parallel.scan`, `.attend` and `.block_attention`: what serves the model's layers, and why."""
 
 import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from longtrain.comm.group import Group
 from longtrain.comm.links import measure_links
@@ -41,18 +42,20 @@ def name_algorithms(
     device: torch.device,
     autocast: AbstractContextManager[object],
     registry: Registry,
-) -> tuple[SequenceParallelConfig, tuple[str, ...]]:
-    """The configuration with every `auto` replaced, and a line for each choice.
+) -> tuple[SequenceParallelConfig, dict[str, Choice]]:
+    """The configuration with the algorithms named, and every choice that was to be made, by key of the configuration.
 
-    A collective call, with the same result on all ranks of the job. One rank exchanges nothing, and measures nothing.
+    A collective call, with the same algorithms on all ranks of the job; one rank exchanges nothing, and needs none.
+    `block_attention` remains `auto`, which every layer asks for itself; its choice is what this rank's first softmax
+    layer gets for a sequence of one document.
     """
     group = mesh.sequence
     asked = [verb for verb in ("scan", "attend") if getattr(config, verb) == AUTO]
-    if not asked:
-        return config, ()
-    demand = Demand([], []) if group.size == 1 else demand_of(model, batch, group.size, device, autocast)
+    if AUTO not in (config.scan, config.attend, config.block_attention):
+        return config, {}
+    demand = demand_of(model, batch, group.size, device, autocast)
     choices: dict[str, Choice] = {}
-    if group.size > 1:
+    if group.size > 1 and asked:
         machine = Machine(
             ranks=group.size,
             node_size=group.node_size,
@@ -67,7 +70,9 @@ def name_algorithms(
     first = {verb: registry.names(f"sequence_parallel.{verb}")[0] for verb in asked}  # where it does not matter
     names = first | {verb: choice.name for verb, choice in choices.items()}
     chosen = replace(config, scan=names.get("scan", config.scan), attend=names.get("attend", config.attend))
-    return chosen, tuple(f"sequence_parallel.{verb}={choice}" for verb, choice in choices.items())
+    if config.block_attention == AUTO and demand.attends:
+        choices["block_attention"] = Choice(_attention_kernel(demand.attends[0], device))
+    return chosen, {f"sequence_parallel.{key}": choice for key, choice in choices.items()}
 
 
 def demand_of(
@@ -89,11 +94,7 @@ def _attention_flops(shapes: list[AttendShape], kernel: str, everyone: Group, de
     if not shapes:
         return 1.0
     shape, length = shapes[0], _TIMED_TOKENS[device.type]
-    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.itemsize]
-    q, k, v = (
-        torch.zeros(1, length, heads, width, device=device, dtype=dtype)
-        for heads, width in ((shape.heads, shape.key), (shape.key_heads, shape.key), (shape.key_heads, shape.value))
-    )
+    q, k, v = _operands(shape, length, device)
     tokens, attention = Tokens(((0, length),), ((0,),)), BlockAttention(1.0, kernel=kernel)
     times = []
     for _ in range(_REPEATS + 1):
@@ -106,3 +107,17 @@ def _attention_flops(shapes: list[AttendShape], kernel: str, everyone: Group, de
     operations = (1 + BACKWARD) * 2 * (shape.key + shape.value) * shape.heads * length**2 / 2
     rate = torch.tensor([operations / min(times[1:])], dtype=torch.float64, device=device)
     return min(float(other) for other in everyone.all_gather(rate))
+
+
+def _attention_kernel(shape: AttendShape, device: torch.device) -> str:
+    """The name of what `block_attention=auto` is for sequences of one document."""
+    attention = BlockAttention(1.0)
+    return attention.choose(*_operands(shape, 2, device), Tokens(((0, 2),), ((0,),))).name
+
+
+def _operands(shape: AttendShape, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros: queries, keys and values of one sequence."""
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[shape.itemsize]
+    sizes = ((shape.heads, shape.key), (shape.key_heads, shape.key), (shape.key_heads, shape.value))
+    q, k, v = (torch.zeros(1, length, heads, width, device=device, dtype=dtype) for heads, width in sizes)
+    return q, k, v

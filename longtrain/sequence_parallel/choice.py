@@ -76,13 +76,15 @@ class DemandingSequence(ShardedSequence):
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm, and the estimates that spoke for it."""
+    """An algorithm or a kernel, and the estimates that spoke for it."""
 
     name: str
-    estimates: Mapping[str, float]
-    """Seconds a step of forward and backward, by algorithm, of what differs between them."""
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    """Seconds a step of forward and backward, by algorithm, of what differs between them; empty for a kernel."""
 
     def __str__(self) -> str:
+        if not self.estimates:
+            return self.name
         ranked = sorted(self.estimates.items(), key=lambda item: item[1])
         listed = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in ranked)
         return f"{self.name} (estimated ms of forward and backward, all layers: {listed})"
@@ -93,9 +95,8 @@ def choose(kind: str, shapes: Sequence[Shape], machine: Machine, registry: Regis
 
     Algorithms without a `seconds` are not considered. Equal estimates go by name.
     """
-    modules = {
-        name: registry.load(f"sequence_parallel.{kind}", name) for name in registry.names(f"sequence_parallel.{kind}")
-    }
+    folder = f"sequence_parallel.{kind}"
+    modules = {name: registry.load(folder, name, (kind,)) for name in registry.names(folder)}
     known: dict[str, Callable[[Any, Machine], float]] = {
         name: module.seconds for name, module in modules.items() if hasattr(module, "seconds")
     }

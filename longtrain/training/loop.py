@@ -63,8 +63,8 @@ class Loop:
     records: RunRecords | None
     """Of the writer; None on the other ranks."""
     listener: Listener
-    identity: dict[str, Any]
-    """What a checkpoint has to agree with, see `resume.identity`."""
+    about: dict[str, Any]
+    """What checkpoints tell of the run: its `identity` (see `resume.identity`), and what `auto` chose (`automatic`)."""
     attempt: int
     """Which start of the workers this is, counted from 0."""
     ledger: list[LedgerLine] = field(default_factory=list)
@@ -147,8 +147,8 @@ class Loop:
         self.listener.phase("checkpoint", step)
         begun = time.perf_counter()
         metadata = {
+            **self.about,
             "tokens": tokens,
-            "identity": self.identity,
             "attempt": self.attempt,
             "ledger": [asdict(line) for line in self.ledger],
         }

@@ -1,6 +1,7 @@
 """One rank of a training run, from the configuration and the env:// variables to its outcome."""
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from longtrain.engine.replicated import ReplicatedEngine
 from longtrain.model.automatic import Batch, name_algorithms
 from longtrain.model.build import build_handles, build_model
 from longtrain.model.model import Model
+from longtrain.sequence_parallel.choice import Choice
 from longtrain.streaming.stream import Stream
 from longtrain.telemetry.events import Started
 from longtrain.telemetry.lock import RunLock
@@ -68,9 +70,10 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             batch, autocast = _local_batch(config, mesh), engine.autocast(device)
             algorithms, choices = name_algorithms(cut, model, batch, mesh, device, autocast, registry)
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
-            records = RunRecords(directory) if mesh.is_writer else None
+            records, event = (RunRecords(directory), listener.event) if mesh.is_writer else (None, None)
             listener.phase("load", 0)
-            start = resume(config, store, engine, corpus, records, listener.event if mesh.is_writer else None)
+            automatic = _automatic(config, choices, backend)
+            start = resume(config, store, engine, corpus, records, automatic, event)
             if mesh.is_writer:
                 listener.event(_started(config, start, mesh, model, corpus, backend, choices))
             objective = _objective(config, registry)
@@ -87,7 +90,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 store=store,
                 records=records,
                 listener=listener,
-                identity=identity(config, corpus),
+                about={"identity": identity(config, corpus), "automatic": automatic},
                 attempt=start.attempt,
             ).run(start.step, start.tokens)
     listener.phase("done", end.step)
@@ -102,7 +105,7 @@ def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
 
 def _started(
     config: TrainingConfig, start: Start, mesh: Mesh, model: Model, corpus: Corpus, backend: Backend,
-    choices: tuple[str, ...],
+    choices: Mapping[str, Choice],
 ) -> Started:  # fmt: skip
     return Started(
         step=start.step,
@@ -115,7 +118,7 @@ def _started(
         unigram_entropy=corpus.unigram_entropy,
         run_directory=str(make_run_directory(config)),
         backend=backend.value,
-        choices=choices,
+        choices=tuple(f"{key}={choice}" for key, choice in choices.items() if choice.estimates),
     )
 
 
@@ -128,6 +131,12 @@ def _objective(config: TrainingConfig, registry: Registry) -> Objective:
     module = registry.load("objectives", config.objective.name, ("Config", "Objective"))
     objective: Objective = module.Objective(config.objective)
     return objective
+
+
+def _automatic(config: TrainingConfig, choices: Mapping[str, Choice], backend: Backend) -> dict[str, str]:
+    """What every setting that is `auto` is here, by key."""
+    mixers = {"mixer.backend": backend.value} if config.mixer.backend == "auto" else {}
+    return {key: choice.name for key, choice in choices.items()} | mixers
 
 
 def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:

@@ -1,6 +1,6 @@
 """Where a run goes on: the newest usable checkpoint, checked against what is to be trained."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,14 @@ def resume(
     engine: ReplicatedEngine,
     corpus: Corpus,
     records: RunRecords | None,
+    automatic: Mapping[str, str],
     event: Callable[[Event], None] | None,
 ) -> Start:
     """Load what `config.resume` names into the engine, on every rank; make the records agree with it on the writer.
 
     Raises CorruptCheckpoint where the run has committed steps but no usable checkpoint: it never starts again by
-    itself. Raises Refused where the checkpoint is of other data or of another model.
+    itself. Raises Refused where the checkpoint is of other data or of another model. `automatic` is what `auto` has
+    chosen, by key; where it was something else when the checkpoint was made, the user is warned.
     """
     found = store.newest()
     committed = decide(lambda: records.committed_steps() if records is not None else 0, store.journal)
@@ -73,7 +75,7 @@ def resume(
         if records is not None:
             records.rewind(0, [])
         return Start(step=0, tokens=0, attempt=0, path=None)
-    warnings = list(found.skipped)
+    warnings = [*found.skipped, *_other_choices(found, automatic)]
     _load(found, store, engine, identity(config, corpus))
     if records is not None:
         for line in found.skipped:
@@ -99,6 +101,16 @@ def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted
         engine.load_state(store.load(found.path))
     except ValueError as error:
         raise Refused(f"{found.path} is of another model: {error}; use the same model, or another run.name") from error
+
+
+def _other_choices(found: Found, automatic: Mapping[str, str]) -> list[str]:
+    """A line for each `auto` that is not what it was: the numbers that follow agree up to rounding only."""
+    before = found.metadata.get("automatic", {})
+    return [
+        f"{key}=auto is {name} now, and was {before[key]} in {found.path}; {key}={before[key]} would keep that"
+        for key, name in automatic.items()
+        if before.get(key, name) != name
+    ]
 
 
 def _differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -30,13 +30,13 @@ def with_mistakes(rank: int, plan: Plan, port: int, connection: Connection) -> N
     """The ring forgets what came before each rank's tokens; the pipeline raises, on one rank alone."""
     right = rank_module._algorithm
 
-    def algorithm(verb: str, name: str) -> Any:
+    def algorithm(verb: str, name: str, plugins: tuple[Path, ...]) -> Any:
         def fail(*arguments: Any) -> Any:
             if rank == 1:
                 raise RuntimeError("no\nroom")
             return local.scan(*arguments)
 
-        return {"ring": local.scan, "pipeline": fail}.get(name) or right(verb, name)
+        return {"ring": local.scan, "pipeline": fail}.get(name) or right(verb, name, plugins)
 
     rank_module._algorithm = algorithm  # this process is the rank's own
     rank_module.main(rank, plan, port, connection)

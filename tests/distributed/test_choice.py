@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import build_mesh
 from longtrain.core.registry import Registry
 from longtrain.model.automatic import Batch, name_algorithms
@@ -24,23 +25,24 @@ AUTO = SequenceParallelConfig(
 )
 
 
-def named(sequence_size: int) -> tuple[str, str, tuple[str, ...]]:
+def named(sequence_size: int) -> tuple[str, str, dict[str, str]]:
     model = build_model(ModelConfig(12, 2, ("gla", "softmax"), 16, False, 1e-6, 0.5), MIXERS, 11, 3, Registry())
     mesh = build_mesh(sequence_size)
-    config, lines = name_algorithms(AUTO, model, Batch(1, 99), mesh, torch.device("cpu"), nullcontext(), Registry())
-    return config.scan, config.attend, lines
+    config, choices = name_algorithms(AUTO, model, Batch(1, 99), mesh, torch.device("cpu"), nullcontext(), Registry())
+    return config.scan, config.attend, {key: choice.name for key, choice in choices.items()}
 
 
 @pytest.mark.parametrize(("world_size", "sequence_size"), [(3, 3), (4, 2)])
 def test_all_ranks_choose_alike(rank_pool: Callable[[int], RankPool], world_size: int, sequence_size: int) -> None:
     # two groups of two measure apart, and go by the slowest of the job
     first, *others = rank_pool(world_size).run(named, sequence_size)
-    scan, attend, lines = first
+    scan, attend, choices = first
     assert others == [first] * (world_size - 1)
-    assert [line.split(" (")[0] for line in lines] == [
-        f"sequence_parallel.scan={scan}",
-        f"sequence_parallel.attend={attend}",
-    ]
+    assert choices == {
+        "sequence_parallel.scan": scan,
+        "sequence_parallel.attend": attend,
+        "sequence_parallel.block_attention": "flash",
+    }
 
 
 def test_training_tells_its_choice(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
@@ -55,3 +57,10 @@ def test_training_tells_its_choice(tmp_path: Path, rank_pool: Callable[[int], Ra
         "sequence_parallel.attend",
     ]
     torch.testing.assert_close(losses(events), want, rtol=1e-5, atol=0)
+    found = CheckpointStore(config.run.dir / "ranks-2" / "checkpoints", keep=2).newest()
+    assert found is not None
+    assert found.metadata["automatic"] == {
+        **dict(line.split(" ")[0].split("=") for line in started.choices),
+        "sequence_parallel.block_attention": "flash",
+        "mixer.backend": "chunked",
+    }

@@ -15,6 +15,8 @@ from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.telemetry.events import Started, StepDone, Warned
 from longtrain.telemetry.records import check_ledger
+from longtrain.training import rank
+from longtrain_kernels.backend import Backend
 from tests.harness.ranks import RankPool
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
 
@@ -109,6 +111,20 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_one_before_is_used(tmp_pat
     assert [e.step for e in events if isinstance(e, StepDone)] == [3, 4, 5, 6]
     assert_same_bits(run, config.run.dir / "straight")
     assert check_ledger(run / "ledger.jsonl", last_step=6) == []
+
+
+def test_a_resumed_run_says_where_auto_is_something_else_than_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path)
+    train_rank(config, 2)
+    assert not [e for e in train_rank(config, 2) if isinstance(e, Warned)]
+    monkeypatch.setattr(rank, "default_backend", lambda device: Backend.REFERENCE)
+    warnings = [e.message for e in train_rank(config) if isinstance(e, Warned)]
+    path = config.run.dir / "run" / "checkpoints" / "step-00000004"
+    assert warnings == [
+        f"mixer.backend=auto is reference now, and was chunked in {path}; mixer.backend=chunked would keep that"
+    ]
 
 
 def test_training_never_starts_again_when_all_checkpoints_are_corrupt(tmp_path: Path) -> None:

@@ -4,15 +4,34 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from longtrain.checkpoint.store import CheckpointStore
-from tests.harness.cli import SMALL, refuse, run, succeed
+from longtrain.cli import main
+from tests.harness.cli import SMALL, refuse, succeed
 
 ALONE = ("cluster.address=env", "sequence_parallel.size=1")
 """One rank in the command's own process."""
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """`harness.cli.refuse` in this process, which has loaded what a new one takes seconds to load."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
+
+    def line_of(*arguments: str) -> str:
+        capsys.readouterr()
+        assert main(arguments) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        return line
+
+    return line_of
 
 
 @pytest.mark.parametrize(
@@ -29,31 +48,31 @@ ALONE = ("cluster.address=env", "sequence_parallel.size=1")
         ("sequence_parallel.attend=rign", ["rign", "ring"]),
     ],
 )
-def test_mistyped_settings(tmp_path: Path, override: str, words: list[str]) -> None:
-    line = refuse(tmp_path, "train", override)
+def test_mistyped_settings(tmp_path: Path, refused: Refused, override: str, words: list[str]) -> None:
+    line = refused("train", override)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
-def test_a_group_that_does_not_divide_the_workers(tmp_path: Path) -> None:
-    line = refuse(tmp_path, "train", "sequence_parallel.size=3", "cluster.workers=4")
+def test_a_group_that_does_not_divide_the_workers(refused: Refused) -> None:
+    line = refused("train", "sequence_parallel.size=3", "cluster.workers=4")
     assert "cluster.workers=4" in line
     assert "3 or 6" in line
 
 
-def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+def test_data_that_cannot_be_used(tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"text\x00\xff\xfe")
     for path, word in (("empty", "empty"), ("missing", "missing"), ("binary.txt", "binary.txt")):
-        line = refuse(tmp_path, "train", "data=text", f"data.path={path}", *ALONE)
+        line = refused("train", "data=text", f"data.path={path}", *ALONE)
         assert word in line, line
-    assert "data.path" in refuse(tmp_path, "train", "data=text", *ALONE)
+    assert "data.path" in refused("train", "data=text", *ALONE)
     assert not (tmp_path / "runs").exists(), "a refused command leaves no run directory"
 
 
 def test_a_damaged_token_store(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    succeed(tmp_path, "prepare", f"data.store={store}")
+    assert main(["prepare", f"data.store={store}"]) == 0
     shard = max(store.glob("*.arrow"), key=lambda p: p.stat().st_size)
     os.truncate(shard, shard.stat().st_size // 2)
     line = refuse(tmp_path, "train", f"data.store={store}", *SMALL, *ALONE, "steps=2")
@@ -88,16 +107,17 @@ def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
     assert found is not None
     assert found.step == 4
     succeed(tmp_path, *command, "steps=8")
-    assert run(tmp_path, "checkpoint", "verify", "runs/run")[0] == 0
+    assert main(["checkpoint", "verify", str(tmp_path / "runs" / "run")]) == 0
 
 
-def test_a_corrupt_checkpoint_is_found_by_verify(tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_found_by_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     succeed(tmp_path, "train", *SMALL, *ALONE, "steps=2")
-    assert "ok" in succeed(tmp_path, "checkpoint", "verify", "runs/run")
-    shard = next((tmp_path / "runs" / "run" / "checkpoints").glob("*/*.safetensors"))
+    path = tmp_path / "runs" / "run"
+    assert main(["checkpoint", "verify", str(path)]) == 0
+    assert "ok" in capsys.readouterr().out
+    shard = next((path / "checkpoints").glob("*/*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 4
     shard.write_bytes(data)
-    code, output, _ = run(tmp_path, "checkpoint", "verify", "runs/run")
-    assert code == 1
-    assert shard.name in output
+    assert main(["checkpoint", "verify", str(path)]) == 1
+    assert shard.name in capsys.readouterr().out

@@ -86,7 +86,9 @@ def _tool(name: str, cubin: bytes, option: str) -> str:
 
 def _describe(name: str, kernel: Any) -> Compiled:
     usage = _tool("cuobjdump", kernel.asm["cubin"], "--dump-resource-usage")
-    sass = _tool("cuobjdump", kernel.asm["cubin"], "--dump-sass")
+    # Disassembling takes 0.8 s each time; where Triton has asked for no product, none can be missing.
+    multiplies = re.search(r"warp_group_dot|tt\.dot", kernel.asm["ttgir"])
+    sass = _tool("cuobjdump", kernel.asm["cubin"], "--dump-sass") if multiplies else ""
     registers, stack = (int(re.findall(rf"{field}:(\d+)", usage)[-1]) for field in ("REG", "STACK"))
     return {
         "kernel": name,

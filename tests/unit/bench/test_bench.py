@@ -31,6 +31,16 @@ def test_without_a_name_the_benchmarks_are_listed(capsys: Any) -> None:
     assert all("out" in options for _, options in found.values())
 
 
+@pytest.mark.parametrize("name", summaries())
+def test_every_benchmark_tells_its_options(name: str, capsys: Any) -> None:
+    assert main(["bench", name, "--help"]) == 0
+    told = capsys.readouterr().out
+    summary, options = summaries()[name]
+    assert summary in told and all(f"\n  {option}=" in told for option in options)
+    assert main(["bench", "--help"]) == 0
+    assert "examples:" in capsys.readouterr().out
+
+
 def test_options_are_typed() -> None:
     config = parse_options(
         "kernels", kernels.Config, ["ops=scalar", "shapes=[1x32kx16x128,4x8kx16x64]", "backends=[triton,chunked]"]

@@ -3,7 +3,7 @@
 import inspect
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import longtrain_conf
 from longtrain.bench import _sequence_parallel_peers as peers
 from longtrain.bench import parse_options
 from longtrain.bench._sequence_parallel_cases import Candidate, Case, document_starts, operation_cases, scaled
@@ -30,6 +31,7 @@ from longtrain.comm.links import Link
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 
+CONF = Path(longtrain_conf.__file__).parent
 TINY = ["device=cpu", "tokens=48", "heads=2", "width=8", "repeats=1", "seconds=0.001"]
 SCAN = Case("scan", "gated", "ring", "contiguous", False, "strong", 100, 100)
 COMMUNICATION = sorted(name for name, _ in inspect.getmembers(Group, inspect.isfunction) if not name.startswith("_"))
@@ -39,9 +41,24 @@ def plan_of(*words: str) -> Any:
     return make_plan(parse_options("sequence-parallel", Config, [*TINY, *words]))
 
 
-def test_a_run_on_two_ranks_says_what_it_measured(tmp_path: Path, capsys: Any) -> None:
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    """With the scan `mine`, which is the pipeline, and the mixer `my_gla`, which is `gla`."""
+    folder = tmp_path / "my plugins"
+    for file, text in {
+        "sequence_parallel/scan/mine.py": "from longtrain.sequence_parallel.scan.pipeline import scan\n",
+        "mixers/my_gla.py": "from longtrain.mixers import gla\n\nclass Config(gla.Config): ...\n\nMixer = gla.Mixer\n",
+        "conf/mixer/my_gla.yaml": (CONF / "mixer" / "gla.yaml").read_text(),
+    }.items():
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text(text)
+    return folder
+
+
+def test_a_run_on_two_ranks_says_what_it_measured(tmp_path: Path, plugin: Path, capsys: Any) -> None:
     out = tmp_path / "sp.json"
-    words = ["ops=gated", "scan=[all_gather,pipeline]", "attend=ring", "layers=gla", "packed=true"]
+    words = ["ops=gated", "scan=[all_gather,mine]", "attend=ring", "layers=my_gla", "packed=true"]
+    words.append(f"plugins='{plugin}'")
     assert main(["bench", "sequence-parallel", *words, f"out={out}", *TINY]) == 0
     content = json.loads(out.read_text())
     assert content["benchmark"] == "sequence-parallel" and content["finished"]
@@ -49,9 +66,9 @@ def test_a_run_on_two_ranks_says_what_it_measured(tmp_path: Path, capsys: Any) -
     assert {row["status"] for row in rows} == {"ok"}
     seen = [(row["kind"], row["algorithm"], row["layout"], row["direction"], row["tokens"]) for row in rows]
     assert seen == [
-        *(("scan", name, "contiguous", d, 48) for name in ("all_gather", "pipeline") for d in ("forward", "both")),
+        *(("scan", name, "contiguous", d, 48) for name in ("all_gather", "mine") for d in ("forward", "both")),
         *(("attend", "ring", layout, d, 48) for layout in ("contiguous", "zigzag") for d in ("forward", "both")),
-        *(("layer", name, "contiguous", "both", 96) for name in ("all_gather", "pipeline")),
+        *(("layer", name, "contiguous", "both", 96) for name in ("all_gather", "mine")),
     ]
     state = 2 * 8 * 8 * 4  # bytes of H K V; transitions of the delta rule are as large
     gather, gather_both, chain, chain_both = (row["sent_bytes"] for row in rows[:4])
@@ -66,7 +83,7 @@ def test_a_run_on_two_ranks_says_what_it_measured(tmp_path: Path, capsys: Any) -
         assert row["efficiency"] == pytest.approx(row["speedup"] / 2)
     assert content["links"]["all_gather"]["bandwidth"] > 0 and content["projection"]
     printed = capsys.readouterr().out
-    assert "yunchang: " in printed and "projected" in printed and printed.count("gla layer") == 2
+    assert "yunchang: " in printed and "projected" in printed and printed.count("my_gla layer") == 2
 
 
 @pytest.mark.parametrize("stand_in", [CountingGroup, SilentGroup])
@@ -236,6 +253,7 @@ def test_every_algorithm_is_measured_unless_some_are_named() -> None:
         (["ranks=1"], "ranks=1: must be greater than or equal to 2"),
         (["layouts=[]"], "layouts=[]"),
         (["tokens=0"], "tokens=0: must be greater than 0"),
+        (["plugins=nowhere"], "plugins: nowhere is not a folder; give one laid out like the project"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(words: list[str], message: str, capsys: Any) -> None:
@@ -243,6 +261,27 @@ def test_mistakes_are_refused_in_one_line(words: list[str], message: str, capsys
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_broken_plug_in_is_refused_before_any_rank_starts(plugin: Path, capsys: Any) -> None:
+    algorithm = plugin / "sequence_parallel" / "scan" / "broken.py"
+    algorithm.write_text("def scam(op, shard, carry): ...\n")
+    assert main(["bench", "sequence-parallel", "device=cpu", f"plugins='{plugin}'"]) == 2
+    assert f"{algorithm} defines no `scan`" in capsys.readouterr().err
+
+
+def test_help_shows_what_each_option_takes(plugin: Path, capsys: Any) -> None:
+    assert main(["bench", "sequence-parallel", f"plugins='{plugin}'", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"\n  {option.name}=" in text for option in fields(Config))
+    told = " ".join(text.split())
+    for kind in ("scan", "attend"):
+        names = Registry((plugin,)).names(f"sequence_parallel.{kind}")
+        assert f" {kind}={' | '.join(names)}, one or a list " in told
+    assert "ops=none | scalar | vector | delta | gated | kda, one or a list; default [scalar, vector, gated]" in told
+    assert "| my_gla | retention | simple_gla, one or a list" in told and "sliding_window" not in told
+    assert "layouts=contiguous | zigzag, one or a list" in told
+    assert "ranks=a whole number, at least 2 Left out: as many as there are GPUs" in told
 
 
 def test_gpus_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -221,6 +221,19 @@ def test_a_rank_that_keeps_others_waiting_ends_the_attempt_although_it_beats():
     assert 10 <= count <= 12
 
 
+def test_the_only_rank_may_take_as_long_as_it_likes_and_is_recorded_as_slow():
+    machine = Machine(hang_timeout=5.0)
+    machine.group.size = 1
+    machine.until_running()
+    for count in range(1, 300):
+        machine.clock.now += 0.5
+        machine.step(Report(pulses={0: Pulse("step", 6, count, 4, 2, stack="in backward")}))
+    assert machine.state is State.RUNNING and "kill" not in machine.group.calls
+    [(kind, message, details)] = machine.observer.incidents
+    assert kind == "slow" and message.startswith("rank 0: no progress for 50 s in step 7; no other rank waits for it")
+    assert details == {"rank": 0, "step": 6, "phase": "step", "traceback": "in backward"}
+
+
 def test_an_exchange_that_failed_is_blamed_after_any_other_exception_and_told_with_its_rank():
     machine = Machine(GiveUp("enough")).until_running()
     failed = ExchangeFailed("all_reduce 3 of the world failed after 300 s")

@@ -1,5 +1,7 @@
 """Who is to blame when no rank goes on, from what the ranks last said."""
 
+import math
+
 import pytest
 
 from longtrain.cluster.failure import Fault
@@ -73,7 +75,9 @@ def test_nobody_is_to_blame_where_all_are_equally_far():
 
 def test_work_for_which_nobody_waits_is_given_the_most_patience():
     local = {rank: pulse(rank=rank) for rank in range(4)}
-    assert judge(local).patience == judge({0: pulse()}).patience == 10.0
+    assert judge(local).patience == 10.0
+    assert judge({0: pulse()}).patience == math.inf  # one rank has nobody to wait for
+    assert judge(local | {1: pulse(rank=1, phases=7, phase="done")}, done={1}).patience == 10.0
 
 
 def test_the_first_step_is_given_more_patience():
@@ -139,6 +143,28 @@ def test_any_sign_of_progress_on_any_rank_begins_the_wait_again(changes):
     vigil.look(1.0, {1: Pulse(**vars(pulses[1]) | {"count": 99} | changes)})
     vigil.look(1.0, {})
     assert vigil.failures(set(), name) == []
+
+
+def test_the_only_rank_of_a_job_never_hangs_and_is_told_of_once_until_it_goes_on():
+    alone = {0: Pulse("step", 2, 1, 6, 3, stack="in read")}
+    assert watched(alone, 80).notice(name) is None
+    vigil = watched(alone, 1000)
+    assert vigil.failures(set(), name) == []
+    assert vigil.notice(name) == (
+        "rank 0 (process 100 on 10.0.0.0): no progress for 1000 s in step 3; no other rank waits for it, so it goes on,"
+        " and incidents.jsonl has its stack"
+    )
+    assert vigil.notice(name) is None
+    for second in range(82):
+        vigil.look(1.0, {0: Pulse("step", 3, 2000 + second, 7, 4)})
+        assert (vigil.notice(name) is None) == (second != 81)
+    assert watched(everyone(), 1000).notice(name) is None
+
+
+def test_the_only_rank_of_a_job_is_missed_when_it_is_not_heard_of():
+    vigil = watched({0: Pulse("step", 2, 1, 6, 3)}, 61, silent=(0,))
+    (failure,) = vigil.failures(set(), name)
+    assert (failure.fault, failure.rank) == (Fault.SILENT, 0)
 
 
 def test_a_driver_that_was_suspended_blames_nobody():

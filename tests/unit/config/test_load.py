@@ -56,6 +56,8 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ("model.width=-1", "model.width=-1: must be greater than or equal to 1"),
         ("model.tie_embeddings=1", "model.tie_embeddings=1: must be a valid boolean; write true or false"),
         ("run.name=5", "run.name=5: must be a valid string; put it in quotes, twice on a shell: run.name='\"text\"'"),
+        ("run.name=[mine]", "run.name=[mine]: must be a valid string; write one: run.name=mine"),
+        ("engine.device=[cpu,cuda]", "engine.device=[cpu, cuda]: must be 'auto', 'cpu' or 'cuda'; write one: engine"),
         ("run.name=../up", "run.name=../up: must match pattern"),
         ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast: must be a valid number; write a number"),
         ("optimizer.learning_rate=inf", "optimizer.learning_rate=inf: must be finite"),

@@ -43,6 +43,10 @@ def test_heads_that_do_not_divide_are_refused_by_the_mixer_itself() -> None:
             "objective.name=next_tokens: there is no such file in objectives/; did you mean",
         ),
         ("sequence_parallel.attend=rings", "sequence_parallel.attend=rings: there is no such algorithm; did you mean"),
+        (
+            "sequence_parallel.attend=[ring]",
+            "sequence_parallel.attend=[ring]: must be a valid string; write one: sequence_parallel.attend=ring",
+        ),
         ("cluster.workers=3", "cluster.workers=3 is not a multiple of sequence_parallel.size=2; use 2 or 4 workers"),
         ("mixer.backend=cuda", "mixer.backend=cuda: must be 'auto', 'reference', 'chunked' or 'triton'"),
         ("mixer.bakend=triton", "mixer.bakend=triton: there is no key 'mixer.bakend'; did you mean 'mixer.backend'?"),
@@ -54,6 +58,26 @@ def test_mistakes_get_one_line(override: str, expected: str) -> None:
     with pytest.raises(Refused) as refused:
         resolve([override])
     assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("verb", "asked", "text", "problem"),
+    [
+        ("scan", "mine", "def scam(): ...\n", "defines no `scan`, which every one of sequence_parallel.scan needs"),
+        ("attend", "mine", "def attend()\n", "cannot be imported: SyntaxError: expected ':' (mine.py, line 1)"),
+        ("scan", "auto", "import missing\n", "cannot be imported: ModuleNotFoundError: No module named 'missing'"),
+        ("attend", "auto", "", "defines no `attend`, which every one of sequence_parallel.attend needs"),
+    ],
+)
+def test_a_broken_algorithm_is_refused_before_anything_starts(
+    tmp_path: Path, verb: str, asked: str, text: str, problem: str
+) -> None:
+    file = tmp_path / "sequence_parallel" / verb / "mine.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.raises(Refused) as refused:
+        resolve([f"plugins=[{tmp_path}]", f"sequence_parallel.{verb}={asked}"])
+    assert str(refused.value) == f"{file} {problem}"
 
 
 @pytest.mark.parametrize("where", ["engine.device=cpu", "cluster.resources.GPU=0"])

@@ -92,5 +92,5 @@ def test_one_rank_measures_nothing() -> None:
     )
     model_config = ModelConfig(12, 1, ("gla",), 16, False, 1e-6, 0.5)
     model = build_model(model_config, MIXERS, 11, seed=3, registry=Registry())
-    named, lines = name_algorithms(config, model, Batch(1, 5), build_mesh(1), CPU, nullcontext(), Registry())
-    assert (named.scan, named.attend, lines) == ("all_gather", "ring", ())
+    named, choices = name_algorithms(config, model, Batch(1, 5), build_mesh(1), CPU, nullcontext(), Registry())
+    assert (named.scan, named.attend, choices) == ("all_gather", "ring", {})

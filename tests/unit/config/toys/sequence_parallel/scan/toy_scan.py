@@ -1,1 +1,5 @@
-"""An algorithm's name is all that a configuration needs."""
+"""An algorithm: its function is there, and nothing of it runs when a configuration is loaded."""
+
+
+def scan(op, shard, carry):
+    raise NotImplementedError
