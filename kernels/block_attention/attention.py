@@ -5,6 +5,7 @@ operands' type; sums over blocks are float32 at least, so their errors do not gr
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,13 +141,17 @@ class Gradients:
         self._parts.append((queries, keys, parts))
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, of all of these; in float32 or wider, or as the only block has them."""
+        """dq, dk and dv, of all of these: in float32 or wider where parts are added, or as kernels have them."""
         if len(self._parts) == 1:
             ((queries, keys, parts),) = self._parts
             if queries == _all(q) and keys == _all(k):
                 self._parts.clear()
                 return parts
-        dq, dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (q, k, v))
+        like_kernels = all(parts[1].dtype == k.dtype for *_, parts in self._parts)
+        # Not float32 where nothing is added: keys may be all those of a long context.
+        exact = like_kernels and _apart([keys for _, keys, _ in self._parts])
+        dq = torch.zeros_like(q, dtype=accumulator_dtype(q.dtype))
+        dk, dv = (torch.zeros_like(x, dtype=x.dtype if exact else accumulator_dtype(x.dtype)) for x in (k, v))
         self.add_to(dq, dk, dv)
         return dq, dk, dv
 
@@ -196,6 +201,17 @@ class _Calls:
 def _all(x: Tensor) -> tuple[slice, slice]:
     """Every row and token of [B, L, ...]."""
     return slice(0, x.shape[0]), slice(0, x.shape[1])
+
+
+def _apart(places: list[Any]) -> bool:
+    """Whether no row and token is in two of these (rows, tokens), all slices of every row."""
+    if (
+        not all(isinstance(tokens, slice) for _, tokens in places)
+        or len({rows.stop - rows.start for rows, _ in places}) > 1
+    ):
+        return False
+    ends = sorted((rows.start, tokens.start, tokens.stop) for rows, tokens in places)
+    return all(a[0] != b[0] or a[2] <= b[1] for a, b in pairwise(ends))
 
 
 def _put(result: tuple[Tensor, Tensor], where: Any, *parts: Tensor) -> None:

@@ -49,13 +49,12 @@ class Shard:
 
     def rows(self, ranks: Sequence[int]) -> Rows:
         """Of what some ranks hold together."""
-        end, total = (
-            sum(e - b for rank in ranks for b, e in self.layout.held(rank, chunk))
-            for chunk in (self.chunk, self.layout.num_chunks - 1)
-        )
-        return Rows(end - sum(e - b for rank in ranks for b, e in self.layout.spans(rank, self.chunk)), end, total)
+        chunks = range(self.layout.num_chunks)
+        counts = [sum(e - b for rank in ranks for b, e in self.layout.spans(rank, chunk)) for chunk in chunks]
+        begin = sum(counts[: self.chunk])
+        return Rows(begin, begin + counts[self.chunk], sum(counts))
 
-    @property
+    @cached_property
     def own_rows(self) -> Rows:
         """Of what this rank holds."""
         return self.rows([self.group.rank])
