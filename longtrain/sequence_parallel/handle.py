@@ -14,7 +14,7 @@ from longtrain.core.errors import Refused
 from longtrain.core.layout import SequenceLayout
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
-from longtrain.sequence_parallel.prefix import Prefix
+from longtrain.sequence_parallel.prefix import Prefix, Prefixes
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
@@ -46,8 +46,8 @@ class ShardedSequence:
     algorithms: Algorithms
     carries_in: Sequence[Tensor] | None = None
     """Left by the chunk before; None for the first chunk."""
-    prefixes: list[Prefix] = field(default_factory=list)
-    """The same for all chunks of a sequence; grows as softmax layers ask."""
+    prefixes: Prefixes = field(default_factory=Prefixes)
+    """The same for all chunks of a sequence."""
     backend: Backend | None = None
     """See `core.contracts.Sequence.backend`."""
     carries_out: list[Tensor] = field(default_factory=list)
@@ -75,7 +75,9 @@ class ShardedSequence:
             raise Refused(f"sequence_parallel.block_attention={problem}") from None
         with self._exact():
             if window is None:
-                return self.algorithms.attend(call, self.shard)
+                output = self.algorithms.attend(call, self.shard)
+                self.prefixes.leave(self._attends - 1)
+                return output
             return self._keep(*attend_window(call, self.shard, self._carry()))
 
     def halo(self, x: Tensor, width: int) -> list[Stretch]:
@@ -90,10 +92,8 @@ class ShardedSequence:
         """Of the layer that asks, if it sees the whole sequence."""
         if window is not None:
             return Prefix()
-        if self._attends == len(self.prefixes):
-            self.prefixes.append(Prefix())
         self._attends += 1
-        return self.prefixes[self._attends - 1]
+        return self.prefixes.at(self._attends - 1)
 
     def _carry(self) -> Tensor | None:
         return None if self.carries_in is None else self.carries_in[len(self.carries_out)]
@@ -117,7 +117,9 @@ class Handles:
         return [Shard(layout, self.group, self.device, chunk) for chunk in range(layout.num_chunks)]
 
     def at(
-        self, shard: Shard, carries: Sequence[Tensor] | None = None, prefixes: list[Prefix] | None = None
+        self, shard: Shard, carries: Sequence[Tensor] | None = None, prefixes: Prefixes | None = None
     ) -> ShardedSequence:
         """The handle of a chunk, from what the chunk before carried out and the prefixes of all."""
-        return ShardedSequence(shard, self.algorithms, carries, [] if prefixes is None else prefixes, self.backend)
+        return ShardedSequence(
+            shard, self.algorithms, carries, Prefixes() if prefixes is None else prefixes, self.backend
+        )

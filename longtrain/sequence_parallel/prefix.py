@@ -1,18 +1,25 @@
 """Keys and values of a softmax layer between chunks of time: computed once, and differentiated once.
 
 Carries of recurrent layers have a fixed size and go from chunk to chunk by value. Keys and values grow with the
-context: a chunk adds its rows to a buffer and attends to all rows so far. Backward, from the last chunk to the first,
-every chunk adds what it finds to float32 sums of the gradients of all of them; when a chunk's turn comes, those of its
-own rows are whole.
+context: a chunk adds its rows to those of the chunks before and attends to all of them. Backward, from the last chunk
+to the first, every chunk adds what it finds to float32 sums of the gradients of all of them; when a chunk's turn comes,
+those of its own rows are whole.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from longtrain.sequence_parallel.rows import DeviceRows, HostRows, Lift, RowStore
 from longtrain.sequence_parallel.shard import Rows
 from longtrain_kernels.affine import accumulator_dtype
+
+Saved = Tensor | Callable[[], Tensor]
 
 
 class Filled(Exception):
@@ -22,11 +29,13 @@ class Filled(Exception):
 class Prefix:
     """Of one layer, on one rank."""
 
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor] | None = None
-        self._sums: tuple[Tensor, Tensor] | None = None
-        self.only_fill = False
-        """Whether `extend` raises Filled: for a pass that brings back keys and values of layers below."""
+    def __init__(self, lift: Lift | None = None, below: "Prefix | None" = None, only_fill: bool = False) -> None:
+        """`below` is of the softmax layer before it in the block. `only_fill` lets `extend` raise Filled."""
+        self._lift, self._below, self.only_fill = lift, below, only_fill
+        self._kept: tuple[RowStore, RowStore] = self._store(), self._store()
+        self._sums: tuple[RowStore, RowStore] = self._store(), self._store()
+        self._extended: list[tuple[Tensor, RowStore]] = []
+        self._rows = Rows(0, 0, 0)
 
     def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys [B, rows.end, G, K] and values [B, rows.end, G, V] of all chunks so far from those of this one.
@@ -37,41 +46,103 @@ class Prefix:
         """
         if rows.total == rows.end - rows.begin:
             return k, v
-        k, v = _Extend.apply(k, v, self, rows)
         if self.only_fill:
+            for store, new in zip(self._kept, (k, v), strict=True):
+                store.write(rows, new)
             raise Filled
-        return k, v
+        found: tuple[Tensor, Tensor] = _Extend.apply(k, v, self, rows)
+        self._rows = rows
+        self._extended = list(zip(found, self._kept, strict=True))
+        return found
 
-    def keep(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def pack(self, tensor: Tensor) -> Saved | None:
+        """How to get back what `extend` returned last, in place of saving it; None for another tensor."""
+        for x, store in self._extended:
+            if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
+                return partial(store.read, self._rows.end)
+        return None
+
+    def leave(self, above: "Prefix | None") -> None:
+        """The layer has attended; the one above it will."""
+        self._extended = []
+        if above is not None:
+            for store in above._kept:
+                store.prefetch(self._rows.begin, self._rows.end)
+
+    def join(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """`extend` without gradients. Rows that are there already are written again, the same."""
-        if self._kept is None:
-            self._kept = _buffer(k, rows.total, k.dtype), _buffer(v, rows.total, v.dtype)
-        for kept, new in zip(self._kept, (k, v), strict=True):
-            kept[:, rows.begin : rows.end] = new
-        return self._kept[0][:, : rows.end], self._kept[1][:, : rows.end]
+        return self._kept[0].join(rows, k), self._kept[1].join(rows, v)
 
     def collect(self, dk: Tensor, dv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Add gradients of all rows so far; returns those of this chunk's rows, which no chunk adds to any more."""
-        if self._sums is None:
-            self._sums = tuple(  # type: ignore[assignment]
-                _buffer(grad, rows.total, accumulator_dtype(grad.dtype)).zero_() for grad in (dk, dv)
-            )
-        assert self._sums is not None
-        for total, grad in zip(self._sums, (dk, dv), strict=True):
-            total[:, : rows.end] += grad
-        own_k, own_v = (total[:, rows.begin : rows.end] for total in self._sums)
-        return own_k.to(dk.dtype), own_v.to(dv.dtype)
+        own = [
+            store.add(grad, rows, accumulator_dtype(grad.dtype)).to(grad.dtype)
+            for store, grad in zip(self._sums, (dk, dv), strict=True)
+        ]
+        if self._below is not None:  # whose turn is next
+            for store in (*self._below._kept, *self._below._sums):
+                store.prefetch(rows.end, rows.end)
+        return own[0], own[1]
+
+    def _store(self) -> RowStore:
+        return DeviceRows() if self._lift is None else HostRows(self._lift)
 
 
-def _buffer(like: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-    return like.new_empty(like.shape[0], rows, *like.shape[2:], dtype=dtype)
+class Prefixes:
+    """Of the softmax layers of a block, in order; made as they are asked for."""
+
+    def __init__(self, lift: Lift | None = None, filled: int = 0) -> None:
+        """With a `lift` they wait in the host's memory while they are not used.
+
+        With `filled` layers, a pass over them ends with Filled at the last one, until `all_filled`.
+        """
+        self._lift, self._filled = lift, filled
+        self._prefixes: list[Prefix] = []
+
+    def __len__(self) -> int:
+        """How many layers have asked."""
+        return len(self._prefixes)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there are layers to be filled."""
+        return self._filled > 0
+
+    def at(self, layer: int) -> Prefix:
+        """Of the next softmax layer, or of one before."""
+        if layer == len(self._prefixes):
+            below = self._prefixes[-1] if self._prefixes else None
+            self._prefixes.append(Prefix(self._lift, below, only_fill=layer + 1 == self._filled))
+        return self._prefixes[layer]
+
+    def leave(self, layer: int) -> None:
+        """A layer has attended."""
+        self._prefixes[layer].leave(self._prefixes[layer + 1] if layer + 1 < len(self._prefixes) else None)
+
+    def all_filled(self) -> None:
+        """From now on layers attend."""
+        self._filled = 0
+        for prefix in self._prefixes:
+            prefix.only_fill = False
+
+    def saving(self) -> AbstractContextManager[object]:
+        """Around a forward pass with a graph: keys and values from the host are read again, not saved."""
+        return saved_tensors_hooks(self._pack, _unpack) if self._lift is not None else nullcontext()
+
+    def _pack(self, tensor: Tensor) -> Saved:
+        found = (prefix.pack(tensor) for prefix in self._prefixes)
+        return next((saved for saved in found if saved is not None), tensor)
+
+
+def _unpack(saved: Saved) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved()
 
 
 class _Extend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, prefix: Prefix, rows: Rows) -> tuple[Tensor, Tensor]:
         ctx.prefix, ctx.rows = prefix, rows
-        return prefix.keep(k, v, rows)
+        return prefix.join(k, v, rows)
 
     @staticmethod
     def backward(ctx: Any, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

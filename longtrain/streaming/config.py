@@ -29,8 +29,7 @@ class StreamConfig:
     logit_tokens: Annotated[int, Field(ge=1)]
     """Tokens of a rank whose logits exist at once."""
     offload: Literal["none", "host"]
-    """Where the inputs of blocks and the carries between chunks wait for the backward pass. Keys and values of softmax
-    layers stay on the GPU."""
+    """Where the inputs of blocks, carries, keys and values with the sums of their gradients wait to be used."""
 
     def __post_init__(self) -> None:
         if self.block_layers == 0 and self.chunk_tokens is not None:

@@ -13,7 +13,7 @@ that is not the last needs keys and values again, which for one layer is a proje
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from longtrain.core.contracts import Objective
 from longtrain.core.layout import SequenceLayout
 from longtrain.model.model import Model
 from longtrain.sequence_parallel.handle import Handles
-from longtrain.sequence_parallel.prefix import Filled, Prefix
+from longtrain.sequence_parallel.prefix import Filled, Prefixes
+from longtrain.sequence_parallel.rows import Lift
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.blocks import LayerBlock, blocks_of
 from longtrain.streaming.config import StreamConfig
@@ -42,7 +43,7 @@ class _Kept:
     """Tokens [B, L] of the first block, hidden states [B, L, D] of the others."""
     carries: Shelf
     """What came into a chunk; nothing for the first one."""
-    prefixes: list[Prefix] = field(default_factory=list)
+    prefixes: Prefixes
 
 
 class Stream:
@@ -58,6 +59,7 @@ class Stream:
     ) -> None:
         self._blocks = blocks_of(model, config)
         self._handles, self._autocast, self._offload = handles, autocast, config.offload
+        self._lift = Lift(handles.device) if config.offload == "host" else None
         self._sums = GradientSums(model.parameters())
         self._head = Head(model, objective, config.logit_tokens, self._sums, autocast)
 
@@ -99,7 +101,7 @@ class Stream:
         for chunk, some in enumerate(tokens):
             inputs.put(chunk, [some])
         for block in self._blocks:
-            of_block, outputs = _Kept(inputs, self._shelf()), self._shelf()
+            of_block, outputs = _Kept(inputs, self._shelf(), Prefixes(self._lift)), self._shelf()
             self._forward(block, of_block, shards, None if block is self._blocks[-1] else outputs)
             kept.append(of_block)
             inputs = outputs
@@ -118,22 +120,19 @@ class Stream:
             if outputs is not None:
                 outputs.put(shard.chunk, [output])
         if outputs is not None:
-            kept.prefixes = [Prefix() for _ in kept.prefixes]
+            kept.prefixes = Prefixes(self._lift, filled=len(kept.prefixes))
 
     @torch.no_grad()
     def _refill(self, block: LayerBlock, kept: _Kept, shards: list[Shard]) -> None:
         """Keys and values of all chunks but the last, which the backward pass begins with."""
-        if not kept.prefixes:
-            return
-        kept.prefixes[-1].only_fill = True
-        for shard in shards[:-1]:
+        for shard in shards[:-1] if kept.prefixes.wanted else []:
             sequence = self._handles.at(shard, self._carries(kept, shard.chunk), kept.prefixes)
             try:
                 with self._autocast():
                     block(kept.inputs.look(shard.chunk)[0], sequence)
             except Filled:
                 continue
-        kept.prefixes[-1].only_fill = False
+        kept.prefixes.all_filled()
 
     def _backward(
         self, block: LayerBlock, kept: _Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool
@@ -147,7 +146,7 @@ class Stream:
             incoming = self._carries(kept, shard.chunk, last_time=True)
             carries = None if incoming is None else [carry.detach().requires_grad_() for carry in incoming]
             sequence = self._handles.at(shard, carries, kept.prefixes)
-            with torch.enable_grad(), self._autocast():
+            with torch.enable_grad(), self._autocast(), kept.prefixes.saving():
                 output = block(x, sequence)
             leaves = [*([x] if into_inputs else []), *(carries or []), *parameters]
             ends = [(output, grad_of(output, shard.chunk)), *zip(sequence.carries_out, cotangents, strict=False)]

@@ -1,6 +1,7 @@
 """A step cut over layers, time and ranks at once has the loss and the gradients of plain backpropagation."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 
@@ -10,6 +11,8 @@ from tests.distributed.test_parity import ATTENDS, LAYOUTS, SCANS, algorithms
 from tests.harness.mixers import RECURRENT
 from tests.harness.ranks import RankPool
 from tests.harness.streaming import TOLERANCE, StreamCase, stream_error
+
+OFFLOADS: tuple[Literal["host", "none"], ...] = ("host", "none")
 
 
 def wrong(cases: list[StreamCase], sequence_size: int, device: str = "cpu") -> dict[StreamCase, float]:
@@ -35,8 +38,11 @@ def test_every_recurrent_mixer(rank_pool: Callable[[int], RankPool], name: str) 
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_every_attention(rank_pool: Callable[[int], RankPool], attend: str, layout: LayoutKind, ranks: int) -> None:
     """Chunks of 2 tokens leave ranks empty; keys and values are made again for blocks that are not the last."""
-    cuts = [(1, 11), ("recurrent", 5)] if ranks == 2 else [("all", 2)]
-    cases = [StreamCase(block_layers=b, chunk_tokens=c, attend=attend, layout=layout) for b, c in cuts]  # type: ignore[arg-type]
+    cuts: list[tuple[Any, int]] = [(1, 11), ("recurrent", 5)] if ranks == 2 else [("all", 2)]
+    cases = [
+        StreamCase(block_layers=block, chunk_tokens=chunk, attend=attend, layout=layout, offload=offload)
+        for (block, chunk), offload in zip(cuts, OFFLOADS, strict=False)
+    ]
     check(rank_pool(ranks), cases)
 
 

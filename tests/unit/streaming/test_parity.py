@@ -42,6 +42,13 @@ def test_tied_embeddings_and_gradients_summed_over_batches(block_layers: Blocks)
 
 
 @pytest.mark.parametrize("block_layers", BLOCKS)
+def test_what_waits_on_the_host_comes_back(block_layers: Blocks) -> None:
+    for chunk_tokens in (1, 5, 28):
+        case = StreamCase(block_layers=block_layers, chunk_tokens=chunk_tokens, offload="host", tied=True)
+        assert stream_error(case, ALONE) < TOLERANCE
+
+
+@pytest.mark.parametrize("block_layers", BLOCKS)
 @pytest.mark.parametrize(
     "frozen",
     [("embedding",), ("blocks",), ("blocks.0", "blocks.1", "embedding"), ("embedding", "blocks", "norm"), ("head",)],

@@ -1,0 +1,83 @@
+"""Streaming on a GPU: exact in float64, as exact as plain backpropagation in bfloat16, and flat in memory."""
+
+from functools import partial
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtrain.comm.group import Group
+from longtrain.core.layout import SequenceLayout
+from longtrain.core.registry import Registry
+from longtrain.model.build import build_model
+from longtrain.model.config import ModelConfig
+from longtrain.model.model import Model
+from longtrain.sequence_parallel.handle import Handles
+from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.stream import Stream
+from longtrain_kernels.backend import Backend
+from tests.harness.mixers import WIDE
+from tests.harness.streaming import LOCAL, OBJECTIVE, TOLERANCE, StreamCase, stream_error
+
+pytestmark = pytest.mark.gpu
+
+VOCABULARY = 128
+Offload = Literal["none", "host"]
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize("block_layers", [1, 2, "recurrent", "all"])
+def test_gradients_in_float64(block_layers: int | Literal["recurrent", "all"], offload: Offload) -> None:
+    case = StreamCase(block_layers=block_layers, chunk_tokens=5, tied=True, offload=offload)
+    assert stream_error(case, Group(0, 1), device="cuda") < TOLERANCE
+
+
+def streamed(model: Model, tokens: Tensor, config: StreamConfig) -> tuple[float, list[Tensor], int]:
+    """Mean loss, gradients, and bytes at the peak beyond what was there before."""
+    device = tokens.device
+    handles = Handles(LOCAL, Group(0, 1), device, Backend.TRITON)
+    stream = Stream(model, handles, OBJECTIVE, config, partial(torch.autocast, "cuda", dtype=torch.bfloat16))
+    layout = SequenceLayout(tokens.shape[1], 1, ((0, tokens.shape[1] // 3),), config.chunk_tokens)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    count = OBJECTIVE.count(tokens)
+    loss = stream.backward(tokens, tokens.roll(-1, 1), layout, count) / count
+    stream.deliver()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return loss.item(), grads, torch.cuda.max_memory_allocated() - before
+
+
+def wide_model(pattern: tuple[str, ...]) -> Model:
+    """Random, of heads that Triton kernels compute."""
+    config = ModelConfig(192, len(pattern), pattern, 256, False, 1e-6, 0.07)
+    return build_model(config, WIDE, VOCABULARY, seed=3, registry=Registry()).cuda()
+
+
+@pytest.mark.parametrize("mixer", sorted(WIDE))
+def test_gradients_in_bfloat16(mixer: str) -> None:
+    model = wide_model((mixer, mixer))
+    torch.manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (1, 5001), device="cuda")
+    want_loss, want, _ = streamed(model, tokens, StreamConfig("all", None, 4096, "none"))
+    for config in (StreamConfig(1, 1000, 700, "host"), StreamConfig("all", 777, 4096, "none")):
+        loss, grads, _ = streamed(model, tokens, config)
+        assert loss == pytest.approx(want_loss, rel=1e-4)
+        for got, exact in zip(grads, want, strict=True):
+            # Both round to bfloat16 at other places; gradients of decay rates, a handful of numbers, scatter most.
+            assert (got - exact).norm() < 0.1 * exact.norm()
+
+
+def test_memory_of_recurrent_layers_does_not_grow_with_the_context() -> None:
+    model = wide_model(("gated_delta", "gla", "simple_gla"))
+    peaks = []
+    for length in (2**15, 2**18):
+        tokens = torch.randint(VOCABULARY, (1, length), device="cuda")
+        # The first call compiles kernels and fills caches.
+        for _ in range(2):
+            *_, peak = streamed(model, tokens, StreamConfig("all", 2**13, 4096, "host"))
+        peaks.append(peak)
+    # Tokens and labels themselves are int64; carries wait on the host.
+    assert peaks[1] < 1.1 * peaks[0] + 64 * (2**18 - 2**15)
