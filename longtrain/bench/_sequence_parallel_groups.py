@@ -87,11 +87,11 @@ class CountingGroup(Group):
         return self._real.begin(sends, receives, result)
 
     def shift(
-        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = ""
+        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = "", most_rows: int = 0
     ) -> Pending[tuple[Tensor, ...]]:
         """See `Group.shift`."""
         self._count(sum(tensor.nbytes for tensor in tensors))
-        return self._real.shift(tensors, rows, by, lane)
+        return self._real.shift(tensors, rows, by, lane, most_rows)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class SilentGroup(Group):
         return Pending(result, sent=sent)
 
     def shift(
-        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = ""
+        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = "", most_rows: int = 0
     ) -> Pending[tuple[Tensor, ...]]:
         """What is sent, where it fits: a transfer by copy engines costs no kernel time."""
         to, source = (self.rank + by) % self.size, (self.rank - by) % self.size

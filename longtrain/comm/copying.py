@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
 
+# Of the driver's header: CU_STREAM_WAIT_VALUE_FLUSH, and the device attribute that allows it.
+_FLUSH, _CAN_FLUSH_REMOTE_WRITES = 1 << 30, 98
 _ALIGNMENT = 256  # bytes, of every tensor in a buffer
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same for all processes of a machine, and for no others
 
@@ -66,9 +69,17 @@ class Lanes:
         if lane not in self._lanes or self._lanes[lane].slot_bytes < most_bytes:
             # Peers may still write into the old buffer; when all have come here and their copies are done, none does.
             torch.cuda.synchronize(self.device)
-            self._lanes.pop(lane, None)
-            self._lanes[lane] = _Lane.open(self.rank, self.size, self.handle, self.device, most_bytes)
+            old = self._lanes.pop(lane, None)
+            stream = old.stream if old is not None else torch.cuda.Stream(self.device, priority=-1)
+            del old
+            torch.cuda.empty_cache()  # symmetric memory is not taken from what the allocator keeps
+            self._lanes[lane] = _Lane.open(self.rank, self.size, self.handle, stream, most_bytes)
         return self._lanes[lane].shift(tensors, shapes, by)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all buffers on this device."""
+        return sum(lane.buffers[self.rank].nbytes for lane in self._lanes.values())
 
 
 def room_for(shapes: Sequence[Shape], itemsizes: Sequence[int]) -> int:
@@ -89,8 +100,11 @@ class _Lane:
     begun: int = 0
 
     @classmethod
-    def open(cls, rank: int, size: int, handle: dist.ProcessGroup, device: torch.device, slot_bytes: int) -> "_Lane":
+    def open(
+        cls, rank: int, size: int, handle: dist.ProcessGroup, stream: torch.cuda.Stream, slot_bytes: int
+    ) -> "_Lane":
         """A collective call."""
+        device = stream.device
         length = _flag_bytes(size) + 2 * _aligned(slot_bytes)
         own = _symmetric_memory.empty(length, dtype=torch.uint8, device=device)
         own[: _flag_bytes(size)].zero_()
@@ -98,7 +112,7 @@ class _Lane:
         reached = _symmetric_memory.rendezvous(own, handle)
         dist.barrier(handle, device_ids=[device.index])  # nobody writes before the numbers are zero
         buffers = [own if r == rank else reached.get_buffer(r, (length,), torch.uint8) for r in range(size)]
-        return cls(rank, size, _aligned(slot_bytes), torch.cuda.Stream(device, priority=-1), buffers)
+        return cls(rank, size, _aligned(slot_bytes), stream, buffers)
 
     def shift(
         self, tensors: Sequence[Tensor], shapes: Sequence[Shape], by: int
@@ -148,14 +162,21 @@ def _write(stream: torch.cuda.Stream, address: int, number: int) -> None:
 
 
 def _wait(stream: torch.cuda.Stream, address: int, number: int) -> None:
-    """The stream goes on when the number at the address is as large."""
-    _call("cuStreamWaitValue32_v2", stream, address, number)
+    """The stream goes on when the number at the address is as large, and sees what was written before it."""
+    _call("cuStreamWaitValue32_v2", stream, address, number, _FLUSH if _can_flush(stream.device_index) else 0)
 
 
-def _call(function: str, stream: torch.cuda.Stream, address: int, number: int) -> None:
+@cache
+def _can_flush(device: int) -> bool:
+    found = ctypes.c_int(0)
+    code = _driver().cuDeviceGetAttribute(ctypes.byref(found), _CAN_FLUSH_REMOTE_WRITES, device)
+    return code == 0 and found.value == 1
+
+
+def _call(function: str, stream: torch.cuda.Stream, address: int, number: int, flags: int = 0) -> None:
     # PyTorch waits for numbers in memory by kernels only, which would need a multiprocessor.
     code = getattr(_driver(), function)(
-        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(number), ctypes.c_uint(0)
+        ctypes.c_void_p(stream.cuda_stream), ctypes.c_uint64(address), ctypes.c_uint32(number), ctypes.c_uint(flags)
     )
     if code:
         raise RuntimeError(f"{function} failed with CUDA driver error {code}")

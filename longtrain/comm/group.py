@@ -71,7 +71,7 @@ class Pending(Generic[Result]):
 class Group:
     """Ranks that share an axis; `rank` is this process's index in it.
 
-    Every method that exchanges raises ExchangeFailed where another rank is late or gone.
+    Every method that exchanges, but `shift`, raises ExchangeFailed where another rank is late or gone.
     """
 
     rank: int
@@ -222,13 +222,15 @@ class Group:
         return Pending(result, works, [tensor for _, tensor in sent], None, lambda: self._inside("exchange", peers))
 
     def shift(
-        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = ""
+        self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = "", most_rows: int = 0
     ) -> Pending[tuple[Tensor, ...]]:
         """Begin to send tensors [B, L, ...] to the rank `by` after, and to receive those of the rank `by` before.
 
         `rows[r]` is the L of rank r. All ranks shift in one order. What came stays until the second shift of the same
         lane after it: between GPUs of a node, tensors come to two places in turn (see `copying`). `by` must not be a
-        multiple of the size.
+        multiple of the size. `most_rows` may come with a later shift of the lane: a lane that has to grow holds all up.
+
+        A copy engine waits for a rank that is late or gone as long as it takes; the journal tells for whom.
         """
         to, source = (self.rank + by) % self.size, (self.rank - by) % self.size
         sent = [tensor.contiguous() for tensor in tensors]
@@ -236,11 +238,19 @@ class Group:
         if self._lanes is None:
             received = tuple(x.new_empty(shape) for x, shape in zip(sent, come, strict=True))
             return self.begin([(to, x) for x in sent], [(source, x) for x in received], received)
-        most = room_for([(x.shape[0], max(rows), *x.shape[2:]) for x in sent], [x.element_size() for x in sent])
+        longest = max(*rows, most_rows)
+        most = room_for([(x.shape[0], longest, *x.shape[2:]) for x in sent], [x.element_size() for x in sent])
         peers = sorted({to, source})
-        with self._inside("shift", peers):
+        with self._inside("shift"):  # as a collective: all ranks shift alike, and the host does not wait here
             received, done = self._lanes.shift(lane, sent, come, by, most)
         return Pending(received, (), sent, done, lambda: self._inside("shift", peers))
+
+    @property
+    def lane_bytes(self) -> int:
+        """What `shift` keeps on this GPU beside the tensors of its caller, here and in groups that are split off."""
+        parts = [part for pair in self._splits.values() for part in pair if part is not self]
+        opened = self.__dict__.get("_lanes")
+        return (opened.nbytes if opened is not None else 0) + sum(part.lane_bytes for part in parts)
 
     @cached_property
     def _lanes(self) -> Lanes | None:

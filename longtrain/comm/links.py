@@ -74,7 +74,7 @@ def _exchange(group: Group, buffer: Tensor) -> None:
 
 def _send(group: Group, buffer: Tensor) -> None:
     if group.size > 1:
-        group.shift([buffer[None]], [len(buffer)] * group.size, lane="links").wait()
+        group.shift([buffer[None]], [len(buffer)] * group.size, lane="round").wait()
 
 
 def _least_seconds(transfer: Callable[[], None], device: torch.device) -> float:

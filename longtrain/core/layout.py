@@ -9,6 +9,7 @@ zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal atten
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,7 +67,17 @@ class SequenceLayout:
 
     def held(self, rank: int, chunk: int) -> list[Span]:
         """The tokens that a rank holds of all chunks up to and including `chunk`, ascending, without empty spans."""
-        return [s for c in range(chunk + 1) for s in self.spans(rank, c) if s[1] > s[0]]
+        spans, counts = self._held[rank]
+        return spans[: counts[chunk]]
+
+    @cached_property
+    def _held(self) -> list[tuple[list[Span], list[int]]]:
+        """Of every rank: its spans of all chunks, and how many of them there are up to each chunk."""
+        found = []
+        for rank in range(self.num_ranks):
+            by_chunk = [[s for s in self.spans(rank, c) if s[1] > s[0]] for c in range(self.num_chunks)]
+            found.append(([s for spans in by_chunk for s in spans], list(accumulate(map(len, by_chunk)))))
+        return found
 
     def _slot(self, slot: int, chunk: int) -> Span:
         begin, end = self.chunk(chunk)

@@ -111,10 +111,14 @@ class Handles:
     group: Group
     device: torch.device
     backend: Backend | None = None
+    _shards: dict[SequenceLayout, list[Shard]] = field(default_factory=dict)
 
     def shards(self, layout: SequenceLayout) -> list[Shard]:
-        """This rank's parts of the chunks of a batch."""
-        return [Shard(layout, self.group, self.device, chunk) for chunk in range(layout.num_chunks)]
+        """This rank's parts of the chunks of a batch; the same ones, with their plans, while the layout stays."""
+        if layout not in self._shards:
+            self._shards.clear()
+            self._shards[layout] = [Shard(layout, self.group, self.device, c) for c in range(layout.num_chunks)]
+        return self._shards[layout]
 
     def at(
         self, shard: Shard, carries: Sequence[Tensor] | None = None, prefixes: Prefixes | None = None

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from longtrain.sequence_parallel.rows import DeviceRows, HostRows, Lift, RowStore
+from longtrain.sequence_parallel.lift import Lift
+from longtrain.sequence_parallel.rows import DeviceRows, HostRows, RowStore
 from longtrain.sequence_parallel.shard import Rows
 from longtrain_kernels.affine import accumulator_dtype
 
@@ -35,7 +36,7 @@ class Prefix:
         self._kept: tuple[RowStore, RowStore] = self._store(), self._store()
         self._sums: tuple[RowStore, RowStore] = self._store(), self._store()
         self._extended: list[tuple[Tensor, RowStore]] = []
-        self._rows = Rows(0, 0, 0)
+        self._rows = Rows(0, 0, 0, alone=True)
 
     def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys [B, rows.end, G, K] and values [B, rows.end, G, V] of all chunks so far from those of this one.
@@ -44,7 +45,7 @@ class Prefix:
 
         Raises Filled where no more than keeping them was asked for.
         """
-        if rows.total == rows.end - rows.begin:
+        if rows.alone:
             return k, v
         if self.only_fill:
             for store, new in zip(self._kept, (k, v), strict=True):
@@ -57,7 +58,7 @@ class Prefix:
 
     def pack(self, tensor: Tensor) -> Saved | None:
         """How to get back what `extend` returned last, in place of saving it; None for another tensor."""
-        for x, store in self._extended:
+        for x, store in self._extended if tensor.numel() else ():
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
                 return partial(store.read, self._rows.end)
         return None
@@ -65,7 +66,7 @@ class Prefix:
     def leave(self, above: "Prefix | None") -> None:
         """The layer has attended; the one above it will."""
         self._extended = []
-        if above is not None:
+        if above is not None and not above.only_fill:
             for store in above._kept:
                 store.prefetch(self._rows.begin, self._rows.end)
 

@@ -20,6 +20,8 @@ class Rows(NamedTuple):
     begin: int
     end: int
     total: int
+    alone: bool
+    """Whether there is no other chunk: the same on all ranks, unlike the numbers."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Shard:
         chunks = range(self.layout.num_chunks)
         counts = [sum(e - b for rank in ranks for b, e in self.layout.spans(rank, chunk)) for chunk in chunks]
         begin = sum(counts[: self.chunk])
-        return Rows(begin, begin + counts[self.chunk], sum(counts))
+        return Rows(begin, begin + counts[self.chunk], sum(counts), alone=len(chunks) == 1)
 
     @cached_property
     def own_rows(self) -> Rows:
@@ -78,7 +80,9 @@ class Shard:
         if key not in self._teams:
             chunk = [sorted(s for r in some for s in self.layout.spans(r, self.chunk)) for some in ranks]
             held = [sorted(s for r in some for s in self.layout.held(r, self.chunk)) for some in ranks]
-            self._teams[key] = Team(group, self.device, tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held)))
+            most = max(self.rows(some).total for some in ranks)
+            parts = tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held))
+            self._teams[key] = Team(group, self.device, *parts, most)
         return self._teams[key]
 
     @cached_property
@@ -107,6 +111,11 @@ class Shard:
         """[L] this rank's tokens of the chunk."""
         return span_index(self.spans, self.device)
 
+    def release(self) -> None:
+        """Let go of what was made for every token; it is made again if it is asked for."""
+        for name in ("index", "positions", "segment_documents"):
+            self.__dict__.pop(name, None)
+
     @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:
         return {}
@@ -126,6 +135,8 @@ class Team:
     """Of this chunk, by rank."""
     held: tuple[Tokens, ...]
     """Of this chunk and all earlier ones, by rank."""
+    most_rows: int
+    """That one of the ranks holds of all chunks."""
 
     @cached_property
     def counts(self) -> list[int]:

@@ -1,6 +1,6 @@
 """Which layers are streamed together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -45,11 +45,16 @@ class LayerBlock:
     @cached_property
     def trainable(self) -> list[nn.Parameter]:
         """Its parameters that are not frozen."""
-        return [p for module in self._modules() for p in module.parameters() if p.requires_grad]
+        return trainable(self._modules())
 
     def _modules(self) -> list[nn.Module]:
         layers: list[nn.Module] = [*self.model.layers[self.layers.start : self.layers.stop]]
         return [self.model.embedding, *layers] if self.layers.start == 0 else layers
+
+
+def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of modules that are not frozen, each once."""
+    return list(dict.fromkeys(p for module in modules for p in module.parameters() if p.requires_grad))
 
 
 def blocks_of(model: Model, config: StreamConfig) -> list[LayerBlock]:

@@ -23,7 +23,7 @@ class StreamConfig:
     block_layers: Annotated[int | Literal["recurrent", "all"], PlainValidator(_block_layers)]
     """Layers that are streamed together; their inputs are kept, and what is inside is computed again. recurrent: runs
     of recurrent layers, and every softmax layer alone. all: nothing is kept but what crosses chunks. 0: gradient
-    checkpointing, each layer with the whole sequence."""
+    checkpointing, which is 1 for whole sequences."""
     chunk_tokens: TokenCount | None
     """Tokens of a sequence, over all its ranks, that a block computes at a time; None: all."""
     logit_tokens: Annotated[int, Field(ge=1)]

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtrain.core.contracts import Objective
 from longtrain.model.model import Model
+from longtrain.streaming.blocks import trainable
 from longtrain.streaming.sums import GradientSums
 
 
@@ -24,8 +25,7 @@ class Head:
     ) -> None:
         self._model, self._objective, self._tokens, self._sums = model, objective, tokens, sums
         self._autocast = autocast
-        modules: list[nn.Module] = [model.norm, model.head]
-        self._parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._parameters = trainable([model.norm, model.head])
 
     def backward(self, hidden: Tensor, labels: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """Score [B, L, D] hidden states against labels [B, L]; `tokens` at a time, all of them where there are fewer.
@@ -36,18 +36,21 @@ class Head:
             The sum of losses (a float64 scalar) and the gradient of loss_sum / count by the hidden states.
         """
         rows = hidden.detach().flatten(0, 1)
-        grad = torch.zeros_like(rows)
+        grad = torch.empty_like(rows)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         parts = zip(*(x.split(self._tokens) for x in (rows, labels.flatten(), grad)), strict=True)
         for some, some_labels, some_grad in parts:
-            if not len(some):  # the shard of a rank without tokens
-                continue
-            leaf = some.detach().requires_grad_()
-            with torch.enable_grad(), self._autocast():
-                loss = self._objective.loss_sum(self._model.head(self._model.norm(leaf)), some_labels)
-                share = loss / count.to(loss.dtype)
-            own, *grads = torch.autograd.grad(share, [leaf, *self._parameters])
-            some_grad.copy_(own)
-            self._sums.add(self._parameters, grads)
-            total += loss.detach()
+            if len(some):  # a rank may have no tokens
+                total += self._score(some, some_labels, some_grad, count)
         return total, grad.view_as(hidden)
+
+    def _score(self, hidden: Tensor, labels: Tensor, grad: Tensor, count: Tensor) -> Tensor:
+        """The sum of losses of [n, D] hidden states, whose gradients are written to `grad`."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad(), self._autocast():
+            loss = self._objective.loss_sum(self._model.head(self._model.norm(leaf)), labels)
+            share = loss / count.to(loss.dtype)
+        own, *grads = torch.autograd.grad(share, [leaf, *self._parameters])
+        grad.copy_(own)
+        self._sums.add(self._parameters, grads)
+        return loss.detach()

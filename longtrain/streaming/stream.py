@@ -12,7 +12,7 @@ that is not the last needs keys and values again, which for one layer is a proje
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,13 @@ from longtrain.core.contracts import Objective
 from longtrain.core.layout import SequenceLayout
 from longtrain.model.model import Model
 from longtrain.sequence_parallel.handle import Handles
+from longtrain.sequence_parallel.lift import Lift
 from longtrain.sequence_parallel.prefix import Filled, Prefixes
-from longtrain.sequence_parallel.rows import Lift
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.blocks import LayerBlock, blocks_of
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.head import Head
-from longtrain.streaming.shelf import Shelf, make_shelf
+from longtrain.streaming.shelf import DeviceShelf, Shelf, make_shelf
 from longtrain.streaming.sums import GradientSums
 
 GradOf = Callable[[Tensor, int], Tensor]
@@ -58,7 +58,7 @@ class Stream:
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._blocks = blocks_of(model, config)
-        self._handles, self._autocast, self._offload = handles, autocast, config.offload
+        self._handles, self._autocast = handles, autocast
         self._lift = Lift(handles.device) if config.offload == "host" else None
         self._sums = GradientSums(model.parameters())
         self._head = Head(model, objective, config.logit_tokens, self._sums, autocast)
@@ -83,11 +83,10 @@ class Stream:
 
         grad_of: GradOf = score
         for number in reversed(range(len(self._blocks))):
-            block, of_block, below = self._blocks[number], kept.pop(), self._blocks[:number]
-            if block is not self._blocks[-1]:
-                self._refill(block, of_block, shards)
-            grads = self._backward(block, of_block, shards, grad_of, into_inputs=any(b.trainable for b in below))
-            if grads is None:  # whatever is below is frozen
+            block, of_block = self._blocks[number], kept.pop()
+            self._refill(block, of_block, shards)
+            grads = self._backward(block, of_block, shards, grad_of, into_inputs=self._trains_below(number))
+            if grads is None:
                 break
             grad_of = _taken(grads)
         return torch.stack(losses).sum()
@@ -95,11 +94,18 @@ class Stream:
     def deliver(self) -> None:
         """Hand the sums over to the parameters' `grad`, once, and begin anew."""
         self._sums.deliver()
+        if self._lift is not None:
+            self._lift.settle()
+
+    def _trains_below(self, number: int) -> bool:
+        """Whether anything of the blocks before this one is not frozen."""
+        return any(block.trainable for block in self._blocks[:number])
 
     def _forward_all(self, tokens: list[Tensor], shards: list[Shard]) -> list[_Kept]:
-        kept, inputs = [], Shelf()
+        inputs: Shelf = DeviceShelf()
         for chunk, some in enumerate(tokens):
             inputs.put(chunk, [some])
+        kept = []
         for block in self._blocks:
             of_block, outputs = _Kept(inputs, self._shelf(), Prefixes(self._lift)), self._shelf()
             self._forward(block, of_block, shards, None if block is self._blocks[-1] else outputs)
@@ -110,70 +116,79 @@ class Stream:
     @torch.no_grad()
     def _forward(self, block: LayerBlock, kept: _Kept, shards: list[Shard], outputs: Shelf | None) -> None:
         """Fill what is kept, and `outputs` if there is a block above, which needs keys and values meanwhile."""
+        carries: list[Tensor] | None = None
         # Of the last block only what crosses chunks is wanted.
         for shard in shards if outputs is not None else shards[:-1]:
-            sequence = self._handles.at(shard, self._carries(kept, shard.chunk), kept.prefixes)
+            sequence = self._handles.at(shard, carries, kept.prefixes)
             with self._autocast():
                 output = block(kept.inputs.look(shard.chunk)[0], sequence)
+            carries = sequence.carries_out
             if shard is not shards[-1]:
-                kept.carries.put(shard.chunk + 1, sequence.carries_out)
+                kept.carries.put(shard.chunk + 1, carries)
             if outputs is not None:
                 outputs.put(shard.chunk, [output])
+            shard.release()
         if outputs is not None:
             kept.prefixes = Prefixes(self._lift, filled=len(kept.prefixes))
 
     @torch.no_grad()
     def _refill(self, block: LayerBlock, kept: _Kept, shards: list[Shard]) -> None:
-        """Keys and values of all chunks but the last, which the backward pass begins with."""
+        """Keys and values of all chunks but the last, which the backward pass begins with, if they are not there."""
+        carries: list[Tensor] | None = None
         for shard in shards[:-1] if kept.prefixes.wanted else []:
-            sequence = self._handles.at(shard, self._carries(kept, shard.chunk), kept.prefixes)
-            try:
-                with self._autocast():
-                    block(kept.inputs.look(shard.chunk)[0], sequence)
-            except Filled:
-                continue
+            sequence = self._handles.at(shard, carries, kept.prefixes)
+            with suppress(Filled), self._autocast():
+                block(kept.inputs.look(shard.chunk)[0], sequence)
+            carries = sequence.carries_out  # of the layers below the last that was filled
+            shard.release()
         kept.prefixes.all_filled()
 
     def _backward(
         self, block: LayerBlock, kept: _Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool
     ) -> Shelf | None:
         """Add the block's gradients to the sums; returns those of its inputs, if they are wanted."""
-        results, parameters = self._shelf(), block.trainable
+        results = self._shelf()
         cotangents: list[Tensor] = []  # of what the chunk carries out; nothing reads that of the last chunk
         for shard in reversed(shards):
-            [x] = kept.inputs.take(shard.chunk)
-            x = x.detach().requires_grad_(into_inputs)
-            incoming = self._carries(kept, shard.chunk, last_time=True)
-            carries = None if incoming is None else [carry.detach().requires_grad_() for carry in incoming]
-            sequence = self._handles.at(shard, carries, kept.prefixes)
-            with torch.enable_grad(), self._autocast(), kept.prefixes.saving():
-                output = block(x, sequence)
-            leaves = [*([x] if into_inputs else []), *(carries or []), *parameters]
-            ends = [(output, grad_of(output, shard.chunk)), *zip(sequence.carries_out, cotangents, strict=False)]
-            found = list(_gradients(ends, leaves))
+            grads, cotangents = self._backward_chunk(block, kept, shard, grad_of, into_inputs, cotangents)
             if into_inputs:
-                results.put(shard.chunk, [found.pop(0)])
-            cotangents = [found.pop(0) for _ in carries or []]
-            self._sums.add(parameters, found)
+                results.put(shard.chunk, grads)
+            shard.release()
         return results if into_inputs else None
 
-    def _carries(self, kept: _Kept, chunk: int, last_time: bool = False) -> tuple[Tensor, ...] | None:
-        if chunk == 0:
-            return None
-        return kept.carries.take(chunk) if last_time else kept.carries.look(chunk)
+    def _backward_chunk(
+        self, block: LayerBlock, kept: _Kept, shard: Shard, grad_of: GradOf, into_inputs: bool,
+        cotangents: list[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """The gradients of the inputs, one tensor or none, and of what came in from the chunk before.
+
+        What is here alone dies on return: the graph, and the gradients of parameters that the sums have.
+        """
+        [x] = kept.inputs.take(shard.chunk)
+        inputs = [x.detach().requires_grad_()] if into_inputs else [x]
+        carries = [carry.detach().requires_grad_() for carry in kept.carries.take(shard.chunk)] if shard.chunk else None
+        sequence = self._handles.at(shard, carries, kept.prefixes)
+        with torch.enable_grad(), self._autocast(), kept.prefixes.saving():
+            output = block(inputs[0], sequence)
+        ends = [(output, grad_of(output, shard.chunk)), *zip(sequence.carries_out, cotangents, strict=False)]
+        leaves = [*(inputs if into_inputs else []), *(carries or [])]
+        found = _gradients(ends, [*leaves, *block.trainable])
+        grads, found[: len(leaves)] = found[: len(leaves)], []
+        self._sums.add(block.trainable, found)
+        return grads[: int(into_inputs)], grads[int(into_inputs) :]
 
     def _shelf(self) -> Shelf:
-        return make_shelf(self._offload, self._handles.device)
+        return make_shelf(self._lift)
 
 
 def _taken(grads: Shelf) -> GradOf:
     return lambda output, chunk: grads.take(chunk)[0]
 
 
-def _gradients(ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+def _gradients(ends: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> list[Tensor]:
     """Of the leaves, from tensors with their cotangents: zeros where nothing leads there."""
     reached = [(end, cotangent) for end, cotangent in ends if end.requires_grad]
     if not reached or not leaves:
-        return tuple(torch.zeros_like(leaf) for leaf in leaves)
+        return [torch.zeros_like(leaf) for leaf in leaves]
     outputs, cotangents = zip(*reached, strict=True)
-    return torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True)
+    return list(torch.autograd.grad(outputs, leaves, cotangents, materialize_grads=True))

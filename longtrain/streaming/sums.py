@@ -15,14 +15,15 @@ class GradientSums:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._sums: dict[nn.Parameter, Tensor] = {}
 
-    def add(self, parameters: Sequence[nn.Parameter], grads: Sequence[Tensor]) -> None:
-        """Gradients in any type; the tensors may be kept and changed."""
-        for parameter, grad in zip(parameters, grads, strict=True):
-            total = self._sums.get(parameter)
-            if total is None:
-                self._sums[parameter] = grad.to(accumulator_dtype(grad.dtype))
-            else:
-                total += grad
+    def add(self, parameters: Sequence[nn.Parameter], grads: list[Tensor]) -> None:
+        """Gradients in any type. Empties the list, so that they and their sums are not all there at once."""
+        for parameter in reversed(parameters):
+            grad = grads.pop()
+            if parameter in self._sums:
+                self._sums[parameter] += grad
+            else:  # a copy: autograd may have returned one tensor for several parameters
+                dtype = accumulator_dtype(grad.dtype)
+                self._sums[parameter] = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def deliver(self) -> None:
         """Add the sums to the parameters' `grad`, as their hooks see it: once each, zeros where nothing was added."""

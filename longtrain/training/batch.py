@@ -70,7 +70,8 @@ class BatchReader:
         windows = [self._corpus.window(position + i * length, length) for i in sequences]
         starts = tuple(tuple(int(s) for s in window.starts) for window in windows)
         layout = SequenceLayout(length, self._mesh.sequence.size, starts, self._cut.chunk_tokens, self._cut.layout)
-        spans = layout.held(self._mesh.sequence.rank, layout.num_chunks - 1)
+        chunks = range(layout.num_chunks)
+        spans = [span for chunk in chunks for span in layout.spans(self._mesh.sequence.rank, chunk)]
         rows = [[np.concatenate(x) for x in zip(*(w.read(*span) for span in spans), strict=True)] for w in windows]
         tokens, labels = (torch.from_numpy(np.stack(column)).to(self._device) for column in zip(*rows, strict=True))
         return Batch(tokens=tokens, labels=labels, layout=layout)

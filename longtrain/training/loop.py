@@ -106,7 +106,9 @@ class Loop:
 
     def _over_ranks(self, share: Tensor) -> tuple[float, int]:
         """The sum of the ranks' shares of the loss, and the largest of their peak memories in bytes."""
-        memory = torch.tensor(float(peak_memory(self.device)), dtype=torch.float64, device=self.device)
+        memory = torch.tensor(
+            float(peak_memory(self.device) + self.mesh.sequence.lane_bytes), dtype=torch.float64, device=self.device
+        )
         gathered = torch.stack(self.mesh.world.all_gather(torch.stack([share, memory])))
         return gathered[:, 0].sum().item(), int(gathered[:, 1].max().item())
 

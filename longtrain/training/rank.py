@@ -140,7 +140,8 @@ def _automatic(config: TrainingConfig, choices: Mapping[str, Choice], backend: B
 
 
 def _local_batch(config: TrainingConfig, mesh: Mesh) -> Batch:
-    return Batch(config.micro_batch_size or config.batch_size // mesh.data.size, config.context_length)
+    share = config.batch_size // mesh.data.size
+    return Batch(min(share, config.micro_batch_size or share), config.context_length)
 
 
 def make_run_directory(config: TrainingConfig) -> Path:

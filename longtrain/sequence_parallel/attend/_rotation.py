@@ -36,4 +36,5 @@ def pass_on(
     What comes stays until the second call after; see `Group.shift`.
     """
     size = team.group.size
-    return team.group.shift(tensors, [tokens[(rank - step) % size].count for rank in range(size)], lane=lane)
+    rows = [tokens[(rank - step) % size].count for rank in range(size)]
+    return team.group.shift(tensors, rows, lane=lane, most_rows=team.most_rows if tokens is team.held else 0)

@@ -16,7 +16,7 @@ def attend(call: AttendCall, shard: Shard) -> Tensor:
     """Outputs [B, L, H, V]; a rank keeps keys and values of its heads."""
     shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
     begin, end = shard.layout.chunk(shard.chunk)
-    rows = Rows(begin, end, shard.layout.length)
+    rows = Rows(begin, end, shard.layout.length, alone=shard.layout.num_chunks == 1)
     k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), rows)
     q = shares.values.to_heads(call.q)
     if q.shape[2]:

@@ -41,24 +41,24 @@ class _ExclusiveScan(torch.autograd.Function):
         gathered = group.all_gather(torch.cat([transitions.flatten(), states.flatten()]))
         sizes = [transitions.numel(), states.numel()]
         maps = [(m.view_as(transitions), b.view_as(states)) for m, b in (part.split(sizes) for part in gathered)]
-        ctx.transitions = [maps[rank][0][i] for rank, i in owners]
+        in_order = [maps[rank][0][i] for rank, i in owners]
         before = []
-        for m, (rank, i) in zip(ctx.transitions, owners, strict=True):
+        for m, (rank, i) in zip(in_order, owners, strict=True):
             before.append(carry)
             carry = advance(m, carry) + maps[rank][1][i]
         ctx.owners, ctx.group = owners, group
         states_in = torch.stack([state for state, (rank, _) in zip(before, owners, strict=True) if rank == group.rank])
-        ctx.save_for_backward(states_in)
+        ctx.save_for_backward(states_in, *in_order)
         return states_in, carry
 
     @staticmethod
     def backward(ctx: Any, grads_in: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (states_in,) = ctx.saved_tensors
+        states_in, *in_order = ctx.saved_tensors
         gathered = ctx.group.all_gather(grads_in)
         grad_states = torch.empty_like(states_in)
         grad_transitions: list[Any] = [None] * len(states_in)
         # grad: of the state behind the segment at hand
-        for m, (rank, i) in zip(reversed(ctx.transitions), reversed(ctx.owners), strict=True):
+        for m, (rank, i) in zip(reversed(in_order), reversed(ctx.owners), strict=True):
             if rank == ctx.group.rank:
                 grad_states[i], grad_transitions[i] = grad, transition_grad(m, states_in[i], grad)
             grad = advance_adjoint(m, grad) + gathered[rank][i]
