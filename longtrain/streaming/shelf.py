@@ -15,7 +15,7 @@ class Shelf:
 
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
         """Keep them; the caller does not change them any more."""
-        self._kept[chunk] = tuple(tensors)
+        self._kept[chunk] = tuple(_alone(x) for x in tensors)
 
     def look(self, chunk: int) -> tuple[Tensor, ...]:
         """What was put there."""
@@ -24,6 +24,11 @@ class Shelf:
     def take(self, chunk: int) -> tuple[Tensor, ...]:
         """What was put there, and is not kept any more. What was put before it is likely to be next."""
         return self._kept.pop(chunk)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Without what it is a part of: the last three rows of a chunk would keep all of its rows."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()
 
 
 @dataclass(frozen=True)
