@@ -51,7 +51,7 @@ class Figures:
     peak_bytes: int | None
     """Of the device, with parameters and gradients; None on a CPU."""
     host_bytes: int | None
-    """Of pinned memory, about; None on a CPU."""
+    """Of pinned memory, about; None on a CPU, and where PyTorch does not count it."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,8 @@ def extrapolate(mode: Mode, rows: Sequence[dict[str, Any]], memory_bytes: int) -
         return []
     longest = found.longest(memory_bytes)
     bounded = longest != float("inf")
-    host = fit([(row["tokens"], row["host_bytes"]) for row in measured]) if mode.offload == "host" else None
+    pinned = [(row["tokens"], row["host_bytes"]) for row in measured if row["host_bytes"] is not None]
+    host = fit(pinned) if mode.offload == "host" else None
     return [
         {
             "mode": mode.name,
