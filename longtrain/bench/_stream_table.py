@@ -1,0 +1,117 @@
+"""The rows of `longtrain bench stream` on the screen, each as soon as it is measured."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from longtrain.bench._stream_gate import Verdict
+from longtrain.bench._stream_modes import CHECKPOINTING, PLAIN
+from longtrain.bench._stream_step import Workload
+from longtrain.core.units import format_token_count
+
+# Header and width of each column; fixed, so that a row can be printed before the next one is known.
+TIMES = (("mode", 35), ("tokens", 7), ("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
+MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("bytes/token", 12))
+FITS = (("mode", 35), ("bytes/token", 12), ("at 0, GiB", 10), ("longest", 12), ("host GiB then", 14))
+GIB = 2**30
+
+
+class Table:
+    """Prints to the standard output; as wide as its columns need where that is not a terminal."""
+
+    def __init__(self, cuda: bool) -> None:
+        self._columns = (*TIMES, *MEMORY) if cuda else TIMES
+        self._console = Console(highlight=False)
+        if not self._console.is_terminal:
+            self._console.width = sum(width + 2 for _, width in (*TIMES, *MEMORY))
+
+    def head(self, machine: dict[str, Any], settings: dict[str, Any], workload: Workload) -> None:
+        """What is measured, and where."""
+        cuda = machine["device"] == "cuda"
+        where = "" if cuda else " (CPU: times alone, its peak resident set being too coarse to tell memory)"
+        self._console.print(f"{machine['name']}{where}, torch {machine['torch']}, triton {machine['triton']}")
+        count = sum(p.numel() for p in workload.model.parameters())
+        self._console.print(
+            f"{settings['model']}, {count / 1e9:.3g} billion parameters: {workload.parameter_bytes / GIB:.4g} GiB, and "
+            f"{workload.gradient_bytes / GIB:.4g} GiB for the sums of their gradients; {workload.precision}"
+        )
+        chunk, logits = (format_token_count(settings[key]) for key in ("chunk_tokens", "logit_tokens"))
+        self._console.print(f"one sequence, forward and backward; chunks of {chunk}, logits of {logits} tokens at once")
+
+    def verdict(self, verdict: Verdict, tokens: int) -> None:
+        """Of the gate."""
+        if verdict.status != "ok":
+            self._console.print(Text(f"{verdict.mode} {verdict.status.upper()} {verdict.detail}", style="bold red"))
+        elif verdict.mode == PLAIN.name:
+            self._console.print(
+                f"gate at {format_token_count(tokens)} tokens: {PLAIN.name} and float32 differ by "
+                f"{verdict.error:.1e} at most ({verdict.worst})"
+            )
+        else:
+            self._console.print(
+                f"    {verdict.mode}: {verdict.error:.1e} from {PLAIN.name}, of {verdict.bound:.1e} ({verdict.worst})"
+            )
+
+    def rows(self) -> None:
+        """The head of the rows."""
+        self._print((Text(name, style="bold") for name, _ in self._columns), self._columns, 2)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """One row, as it is in the JSON file."""
+        begin = [row["mode"], format_token_count(row["tokens"])]
+        if row["status"] != "ok":
+            self._print(map(Text, begin), self._columns, 2)
+            style = "yellow" if row["status"] == "out of memory" else "bold red"
+            self._console.print(Text(f"    {row['status'].upper()} {row['detail']}", style=style))
+            return
+        figures = [
+            f"{row['seconds']:.3f}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['model_tflops']:.3g}",
+            _number(row["of_checkpointing"], 1, ".2f"),
+            _number(row["peak_bytes"], GIB, ".2f"),
+            _number(row["rest_bytes"], GIB, ".2f"),
+            _number(row["host_bytes"], GIB, ".2f"),
+            _number(row["bytes_per_token"], 1, ",.0f"),
+        ]
+        self._print(map(Text, [*begin, *figures[: len(self._columns) - 2]]), self._columns, 2)
+
+    def fits(self, fits: Sequence[dict[str, Any]], memory_bytes: int) -> None:
+        """Where the rows lead to."""
+        self._console.print(
+            f"\nleast squares over the longer half of each mode's lengths, and the longest context in "
+            f"{memory_bytes / GIB:.4g} GiB that they lead to (an extrapolation):"
+        )
+        self._print((Text(name, style="bold") for name, _ in FITS), FITS, 1)
+        for found in fits:
+            cells = [
+                found["mode"],
+                f"{found['bytes_per_token']:,.0f}",
+                f"{found['fixed_bytes'] / GIB:.2f}",
+                spell_longest(found["longest_tokens"]),
+                _number(found["host_bytes_then"], GIB, ".1f"),
+            ]
+            self._print(map(Text, cells), FITS, 1)
+
+    def _print(self, cells: Iterable[Text], columns: Sequence[tuple[str, int]], left: int) -> None:
+        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for position, (_, width) in enumerate(columns):
+            table.add_column(width=width, no_wrap=True, justify="left" if position < left else "right")
+        table.add_row(*cells)
+        self._console.print(table)
+
+
+def spell_longest(tokens: float | None) -> str:
+    """About how many tokens; None: memory does not bound them."""
+    if tokens is None:
+        return "any"
+    unit, name = (2**20, "M") if tokens >= 2**20 else (2**10, "k")
+    return f"{math.floor(10 * tokens / unit) / 10:.1f}{name}"
+
+
+def _number(value: float | None, unit: float, form: str) -> str:
+    return "" if value is None else f"{value / unit:{form}}"
