@@ -33,6 +33,7 @@ from longtrain.bench._stream_step import Precision, Workload, free, is_out_of_me
 from longtrain.bench._stream_table import Table
 from longtrain.cluster.resolve import resolve
 from longtrain.core.errors import Refused
+from longtrain.core.registry import Registry
 from longtrain.core.units import TokenCount
 
 GATE_TOKENS = 2048
@@ -56,7 +57,7 @@ class Config(Options):
     tokens: Annotated[tuple[TokenCount, ...] | None, Field(min_length=1), OneOrMore] = None
     """Lengths of the sequence. None: powers of two, from 8k to 128k on a GPU."""
     modes: Annotated[tuple[str, ...], PlainValidator(_modes)] = tuple(MODES)
-    """In the order in which they are measured; see the module."""
+    """In this order; a block may have any number of layers, and all but `plain` may offload."""
     chunk_tokens: TokenCount | None = None
     """Of a chunk of time. None: 16k on a GPU."""
     logit_tokens: TokenCount = 4096
@@ -76,6 +77,11 @@ class Config(Options):
     seconds: Annotated[float, Field(gt=0)] = 10.0
     """A first step that takes longer is not repeated: it is the measurement."""
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+def choices(registry: Registry) -> dict[str, list[str]]:
+    """See the package."""
+    return {"modes": [*MODES, "block2", "all-offload", "block4-offload"]}
 
 
 @dataclass(frozen=True)
