@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import _symmetric_memory
 
+from longtrain.core.errors import Refused
+
 logger = logging.getLogger(__name__)
 
 Shape = tuple[int, ...]
@@ -64,7 +66,8 @@ class Lanes:
     ) -> tuple[tuple[Tensor, ...], torch.cuda.Event]:
         """Begin to send tensors to the rank `by` after; returns what comes from the rank `by` before, and when.
 
-        `shapes` are of what comes. No rank sends more than `most_bytes` in one tensor after another, see `room_for`.
+        `shapes` are of what comes. No rank sends more than `most_bytes`, one tensor after another, see `room_for`.
+        Raises Refused where memory cannot be shared.
         """
         if lane not in self._lanes or self._lanes[lane].slot_bytes < most_bytes:
             # Peers may still write into the old buffer; when all have come here and their copies are done, none does.
@@ -73,7 +76,14 @@ class Lanes:
             stream = old.stream if old is not None else torch.cuda.Stream(self.device, priority=-1)
             del old
             torch.cuda.empty_cache()  # symmetric memory is not taken from what the allocator keeps
-            self._lanes[lane] = _Lane.open(self.rank, self.size, self.handle, stream, most_bytes)
+            try:
+                self._lanes[lane] = _Lane.open(self.rank, self.size, self.handle, stream, most_bytes)
+            except RuntimeError as error:  # such as containers of one machine that share no memory
+                reason = str(error).strip().splitlines()[0]
+                raise Refused(
+                    f"sequence_parallel.copy_engines=true: GPUs cannot share {most_bytes:,} bytes ({reason}); "
+                    "use sequence_parallel.copy_engines=false"
+                ) from error
         return self._lanes[lane].shift(tensors, shapes, by)
 
     @property

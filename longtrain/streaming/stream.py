@@ -106,12 +106,16 @@ class Stream:
         for chunk, some in enumerate(tokens):
             inputs.put(chunk, [some])
         kept = []
-        for block in self._blocks:
-            of_block, outputs = _Kept(inputs, self._shelf(), Prefixes(self._lift)), self._shelf()
+        for number, block in enumerate(self._blocks):
+            of_block, outputs = self._nothing_kept(inputs), self._shelf()
             self._forward(block, of_block, shards, None if block is self._blocks[-1] else outputs)
-            kept.append(of_block)
+            differentiated = block.trainable or self._trains_below(number) or block is self._blocks[-1]
+            kept.append(of_block if differentiated else self._nothing_kept(DeviceShelf()))
             inputs = outputs
         return kept
+
+    def _nothing_kept(self, inputs: Shelf) -> _Kept:
+        return _Kept(inputs, self._shelf(), Prefixes(self._lift))
 
     @torch.no_grad()
     def _forward(self, block: LayerBlock, kept: _Kept, shards: list[Shard], outputs: Shelf | None) -> None:
@@ -127,7 +131,7 @@ class Stream:
                 kept.carries.put(shard.chunk + 1, carries)
             if outputs is not None:
                 outputs.put(shard.chunk, [output])
-            shard.release()
+            self._leave(shard)
         if outputs is not None:
             kept.prefixes = Prefixes(self._lift, filled=len(kept.prefixes))
 
@@ -140,7 +144,7 @@ class Stream:
             with suppress(Filled), self._autocast():
                 block(kept.inputs.look(shard.chunk)[0], sequence)
             carries = sequence.carries_out  # of the layers below the last that was filled
-            shard.release()
+            self._leave(shard)
         kept.prefixes.all_filled()
 
     def _backward(
@@ -153,7 +157,7 @@ class Stream:
             grads, cotangents = self._backward_chunk(block, kept, shard, grad_of, into_inputs, cotangents)
             if into_inputs:
                 results.put(shard.chunk, grads)
-            shard.release()
+            self._leave(shard)
         return results if into_inputs else None
 
     def _backward_chunk(
@@ -176,6 +180,11 @@ class Stream:
         grads, found[: len(leaves)] = found[: len(leaves)], []
         self._sums.add(block.trainable, found)
         return grads[: int(into_inputs)], grads[int(into_inputs) :]
+
+    def _leave(self, shard: Shard) -> None:
+        """A chunk is done; others may wait for this rank until all are."""
+        shard.release()
+        self._handles.group.journal.tick()
 
     def _shelf(self) -> Shelf:
         return make_shelf(self._lift)

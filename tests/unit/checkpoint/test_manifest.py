@@ -26,9 +26,9 @@ def checkpoint(tmp_path: Path) -> Path:
 def forge(checkpoint: Path, text: bytes) -> list[str]:
     (checkpoint / "manifest.json").write_bytes(text)
     (checkpoint / "manifest.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  manifest.json\n")
-    begin = time.monotonic()
+    begin = time.process_time()  # what others do on the machine does not count
     problems = verify(checkpoint)
-    assert time.monotonic() - begin < 2, "a second or two on the slowest machine; usually milliseconds"
+    assert time.process_time() - begin < 2, "a second or two on the slowest machine; usually milliseconds"
     assert all("\n" not in line and len(line) < 500 for line in problems)
     return problems
 
