@@ -9,6 +9,7 @@ from torch import Tensor
 from longtrain.comm.mesh import Mesh
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.layout import SequenceLayout
+from longtrain.core.targets import Targets
 from longtrain.data.corpus import Corpus
 
 
@@ -18,8 +19,8 @@ class Batch:
 
     tokens: Tensor
     """[B, L] int64, by chunk of time, and in a chunk by slot."""
-    labels: Tensor
-    """[B, L] int64, -100 where nothing is to be predicted."""
+    targets: Targets
+    """[B, L]."""
     layout: SequenceLayout
 
 
@@ -73,4 +74,4 @@ class BatchReader:
         spans = layout.held(self._mesh.sequence.rank, layout.num_chunks - 1)
         rows = [[np.concatenate(x) for x in zip(*(w.read(*span) for span in spans), strict=True)] for w in windows]
         tokens, labels = (torch.from_numpy(np.stack(column)).to(self._device) for column in zip(*rows, strict=True))
-        return Batch(tokens=tokens, labels=labels, layout=layout)
+        return Batch(tokens=tokens, targets=Targets(labels), layout=layout)

@@ -40,7 +40,7 @@ class _Done:
     """What one step gave, the same on all ranks."""
 
     loss: float
-    """Global mean, in nats per predicted token."""
+    """Global mean: in nats per predicted token for `next_token`."""
     result: StepResult
     peak_memory_bytes: int
     stop: bool
@@ -89,10 +89,10 @@ class Loop:
         """One update on the batch at `position`."""
         batches = self.reader.read(position)
         stop = torch.tensor(float(self.listener.stop_requested()), dtype=torch.float64, device=self.device)
-        labelled = torch.stack([self.objective.count(batch.labels) for batch in batches]).sum()
-        sums = self.mesh.world.all_reduce(torch.stack([labelled, stop]))
+        counted = torch.stack([self.objective.count(batch.targets) for batch in batches]).sum()
+        sums = self.mesh.world.all_reduce(torch.stack([counted, stop]))
         count = sums[0].clamp(min=1)
-        losses = [self.stream.backward(batch.tokens, batch.labels, batch.layout, count) for batch in batches]
+        losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
         loss, memory = self._over_ranks(torch.stack(losses).sum() / count)

@@ -14,6 +14,7 @@ from longtrain.core.kinds import LayoutKind
 from longtrain.core.labels import IGNORED_LABEL
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
+from longtrain.core.targets import Targets
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
@@ -59,7 +60,7 @@ class Problem:
 
     model: Model
     tokens: Tensor
-    labels: Tensor
+    targets: Targets
     count: Tensor
     starts: tuple[tuple[int, ...], ...]
     loss_sum: float
@@ -83,10 +84,11 @@ def problem(
     shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
     logits = model.head(model(tokens, ShardedSequence(shard, LOCAL)))
     loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    count = OBJECTIVE.count(labels)
+    targets = Targets(labels)
+    count = OBJECTIVE.count(targets)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss_sum / count, list(trained.values()), materialize_grads=True)
-    return Problem(model, tokens, labels, count, starts, loss_sum.item(), dict(zip(trained, grads, strict=True)))
+    return Problem(model, tokens, targets, count, starts, loss_sum.item(), dict(zip(trained, grads, strict=True)))
 
 
 def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
@@ -120,7 +122,11 @@ def stream_gradients(
         some = slice(first, first + case.micro_batch_size)
         layout = SequenceLayout(case.length, group.size, exact.starts[some], case.chunk_tokens, case.layout)
         index = torch.cat([shard.index for shard in stream_shards(layout, group, device)])
-        losses.append(stream.backward(exact.tokens[some][:, index], exact.labels[some][:, index], layout, exact.count))
+        losses.append(
+            stream.backward(
+                exact.tokens[some][:, index], Targets(exact.targets.labels[some][:, index]), layout, exact.count
+            )
+        )
     stream.deliver()
     grads = {name: exact.model.get_parameter(name).grad for name in exact.grads}
     exact.model.zero_grad(set_to_none=True)
