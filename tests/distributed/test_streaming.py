@@ -47,3 +47,14 @@ def test_every_scan_in_blocks(rank_pool: Callable[[int], RankPool], scan: str) -
         for layout in LAYOUTS
     ]
     check(rank_pool(3), [*cases, StreamCase(block_layers=0, chunk_tokens=None, scan=scan)])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_objectives_of_examples(rank_pool: Callable[[int], RankPool], objective: str) -> None:
+    """Chunks of 2 tokens leave ranks empty, which still take part in the sums."""
+    cuts = [(1, 11, "contiguous"), ("recurrent", 5, "zigzag"), ("all", 2, "contiguous"), (0, None, "zigzag")]
+    cases = [
+        StreamCase(block_layers=b, chunk_tokens=c, layout=layout, objective=objective, micro_batch_size=m)  # type: ignore[arg-type]
+        for (b, c, layout), m in zip(cuts, (3, 1, 2, 3), strict=True)
+    ]
+    check(rank_pool(2), [*cases, StreamCase(length=1, chunk_tokens=None, objective=objective)])

@@ -1,0 +1,58 @@
+"""Group relative policy optimisation (Shao et al. 2024, equations 3 and 4) on rollouts with their advantages.
+
+A token of completion i costs -(min(r A, clip(r, 1 - clip, 1 + clip) A) - kl_coefficient k): r = p / p_old, A the
+completion's advantage within its group, and k = p_ref / p - log(p_ref / p) - 1, which estimates the divergence from a
+reference model (Schulman 2020). Tokens are averaged over their completion, completions over the step.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import Tensor
+
+from longtrain.core import contracts
+from longtrain.core.targets import Targets
+
+
+@dataclass(frozen=True)
+class Config:
+    """`conf/objective/grpo.yaml`."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    name: str
+    clip: Annotated[float, Field(gt=0, lt=1)]
+    """How far a token's ratio to the policy that sampled it may go before it has no gradient."""
+    kl_coefficient: Annotated[float, Field(ge=0)]
+    """Of the divergence from the reference model; 0 needs no reference."""
+    on_policy: bool
+    """Whether the weights being trained sampled the rollouts: ratios are 1, and data need not say what they were."""
+
+
+class Objective(contracts.Objective):
+    """See `core.contracts.Objective`; an example is a completion."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        old = () if config.on_policy else ("old",)
+        reference = ("reference",) if config.kl_coefficient else ()
+        self.columns = ("weight", "advantage", *old, *reference)
+
+    def count(self, targets: Targets) -> Tensor:
+        """Completions."""
+        return targets.columns["weight"].sum(dtype=torch.float64)
+
+    def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
+        """The loss."""
+        columns, clip = targets.columns, self.config.clip
+        weight, advantage = columns["weight"], columns["advantage"]
+        # Where nothing counts a column may hold any number, whose exponential is none.
+        old = log_probs.detach() if self.config.on_policy else columns["old"]
+        ratio = torch.where(weight > 0, log_probs - old, 0).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+        if self.config.kl_coefficient:
+            gap = torch.where(weight > 0, columns["reference"] - log_probs, 0)
+            loss = loss + self.config.kl_coefficient * (gap.expm1() - gap)
+        return (weight * loss).sum()
