@@ -135,6 +135,8 @@ class Objective(ABC):
     """Whether `sums` is the loss itself, a scalar."""
     columns: tuple[str, ...] = ()
     """Of `Targets`, those that it reads."""
+    unit: str
+    """Of the loss, for people: `nats/token`."""
 
     @abstractmethod
     def count(self, targets: Targets) -> Tensor:

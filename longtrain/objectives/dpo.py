@@ -32,7 +32,8 @@ class Objective(contracts.Objective):
     """See `core.contracts.Objective`; an example is a pair."""
 
     tokenwise = False
-    columns = ("example", "weight", "side", "reference")
+    unit = "nats/pair"
+    columns = ("example", "weight", "side", "reference_log_probs")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -43,7 +44,7 @@ class Objective(contracts.Objective):
 
     def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
         """The margin m of every pair, as [num_examples]; `side` is 1 for tokens of the chosen completion, -1 else."""
-        margins = targets.columns["side"] * (log_probs - targets.columns["reference"])
+        margins = targets.columns["side"] * (log_probs - targets.columns["reference_log_probs"])
         return per_example(margins, targets)
 
     def loss_sum(self, sums: Tensor) -> Tensor:

@@ -34,10 +34,12 @@ class Config:
 class Objective(contracts.Objective):
     """See `core.contracts.Objective`; an example is a completion."""
 
+    unit = "of advantage"
+
     def __init__(self, config: Config) -> None:
         self.config = config
-        old = () if config.on_policy else ("old",)
-        reference = ("reference",) if config.kl_coefficient else ()
+        old = () if config.on_policy else ("old_log_probs",)
+        reference = ("reference_log_probs",) if config.kl_coefficient else ()
         self.columns = ("weight", "advantage", *old, *reference)
 
     def count(self, targets: Targets) -> Tensor:
@@ -49,10 +51,10 @@ class Objective(contracts.Objective):
         columns, clip = targets.columns, self.config.clip
         weight, advantage = columns["weight"], columns["advantage"]
         # Where nothing counts a column may hold any number, whose exponential is none.
-        old = log_probs.detach() if self.config.on_policy else columns["old"]
+        old = log_probs.detach() if self.config.on_policy else columns["old_log_probs"]
         ratio = torch.where(weight > 0, log_probs - old, 0).exp()
         loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
         if self.config.kl_coefficient:
-            gap = torch.where(weight > 0, columns["reference"] - log_probs, 0)
+            gap = torch.where(weight > 0, columns["reference_log_probs"] - log_probs, 0)
             loss = loss + self.config.kl_coefficient * (gap.expm1() - gap)
         return (weight * loss).sum()

@@ -23,6 +23,8 @@ class Config:
 class Objective(contracts.Objective):
     """See `core.contracts.Objective`."""
 
+    unit = "nats/token"
+
     def __init__(self, config: Config) -> None:
         self.config = config
 

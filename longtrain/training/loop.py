@@ -40,7 +40,7 @@ class _Done:
     """What one step gave, the same on all ranks."""
 
     loss: float
-    """Global mean: in nats per predicted token for `next_token`."""
+    """Global mean, in the objective's unit."""
     result: StepResult
     peak_memory_bytes: int
     stop: bool

@@ -30,9 +30,11 @@ class Start:
 def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from: the model, its mixers, the seed and the data.
 
-    Shapes alone do not tell: another window or rotary base fits the same tensors.
+    Shapes alone do not tell: another window or rotary base fits the same tensors. Examples are packed into sequences of
+    one length, whose number is where the run is.
     """
-    return {
+    packed = {"context_length": config.context_length} if corpus.columns else {}
+    return packed | {
         "seed": config.seed,
         "data": corpus.digest,
         "model": _plain(asdict(config.model)),

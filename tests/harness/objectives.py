@@ -33,7 +33,7 @@ def make_targets(name: str, labels: Tensor) -> list[Targets]:
         reference, old = -3 * torch.rand(2, len(row), generator=draw, dtype=torch.float64)
         advantage = torch.randn(max(count, 1), generator=draw, dtype=torch.float64)[example]
         side = 2.0 * torch.randint(2, row.shape, generator=draw).double() - 1
-        columns = {"example": example, "weight": weight, "reference": reference, "old": old}
+        columns = {"example": example, "weight": weight, "reference_log_probs": reference, "old_log_probs": old}
         columns |= {"advantage": advantage, "side": side}
         on_device = {key: column[None].to(labels.device) for key, column in columns.items()}
         found.append(Targets(row[None].to(labels.device), on_device, count))
@@ -65,15 +65,15 @@ def plain_loss(name: str, logits: Tensor, targets: Targets) -> tuple[Tensor, Ten
 
 
 def _dpo(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
-    ratios = log_probs - column["reference"]
+    ratios = log_probs - column["reference_log_probs"]
     margin = ratios[column["side"] > 0].sum() - ratios[column["side"] < 0].sum()
     return -torch.sigmoid(0.7 * margin).log()
 
 
 def _grpo(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
-    ratio, advantage = log_probs.exp() / column["old"].exp(), column["advantage"]
+    ratio, advantage = log_probs.exp() / column["old_log_probs"].exp(), column["advantage"]
     clipped = ratio.clamp(0.7, 1.3)
-    of_reference = column["reference"].exp() / log_probs.exp()
+    of_reference = column["reference_log_probs"].exp() / log_probs.exp()
     divergence = of_reference - of_reference.log() - 1
     return -(torch.minimum(ratio * advantage, clipped * advantage) - 0.2 * divergence).mean()
 
