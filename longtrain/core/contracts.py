@@ -6,6 +6,7 @@ just before its own. It never learns how many ranks there are.
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
@@ -135,6 +136,9 @@ class Objective(ABC):
     """Whether `sums` is the loss itself, a scalar."""
     columns: tuple[str, ...] = ()
     """Of `Targets`, those that it reads."""
+    reference: Path | None = None
+    """The checkpoint of a frozen model, whose log-probabilities of the labels become the column
+    `reference_log_probs`."""
     unit: str
     """Of the loss, for people: `nats/token`."""
 

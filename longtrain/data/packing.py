@@ -83,12 +83,12 @@ class PackedWindow(Window):
         found = {"example": self._example[piece], "weight": np.where(labelled, self._weights[piece], 0.0)}
         for name, values in self._of.values.items():
             found[name] = np.where(labelled, values[self._documents[piece]], 0.0)
-        for number in np.unique(piece[labelled]):
-            own = labelled & (piece == number)
-            for name, token_values in self._of.token_values(int(self._documents[number])).items():
-                found.setdefault(name, np.zeros(end - begin))[own] = token_values[place[own]]
-        for name in self._of.columns:
-            found.setdefault(name, np.zeros(end - begin))
+        found |= {name: np.zeros(end - begin) for name in self._of.columns if name not in found}
+        predicting = np.flatnonzero(labelled)
+        for own in np.split(predicting, np.flatnonzero(np.diff(piece[predicting])) + 1):
+            if len(own):  # of one document
+                for name, values in self._of.token_values(int(self._documents[piece[own[0]]])).items():
+                    found[name][own] = values[place[own]]
         return found
 
     def _place(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ model, less the same of the rejected one: a function of sums over tokens.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -26,6 +27,8 @@ class Config:
     name: str
     beta: Annotated[float, Field(gt=0)]
     """How dearly departing from the reference model is bought."""
+    reference: Path | None
+    """The checkpoint of the reference model; null: the data have its log-probabilities."""
 
 
 class Objective(contracts.Objective):
@@ -33,10 +36,10 @@ class Objective(contracts.Objective):
 
     tokenwise = False
     unit = "nats/pair"
-    columns = ("example", "weight", "side", "reference_log_probs")
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.reference = config, config.reference
+        self.columns = ("example", "weight", "side", *(() if config.reference else ("reference_log_probs",)))
 
     def count(self, targets: Targets) -> Tensor:
         """Pairs."""

@@ -6,6 +6,7 @@ reference model (Schulman 2020). Tokens are averaged over their completion, comp
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -27,8 +28,14 @@ class Config:
     """How far a token's ratio to the policy that sampled it may go before it has no gradient."""
     kl_coefficient: Annotated[float, Field(ge=0)]
     """Of the divergence from the reference model; 0 needs no reference."""
+    reference: Path | None
+    """The checkpoint of the reference model; null: the data have its log-probabilities, where they are needed."""
     on_policy: bool
     """Whether the weights being trained sampled the rollouts: ratios are 1, and data need not say what they were."""
+
+    def __post_init__(self) -> None:
+        if self.reference is not None and not self.kl_coefficient:
+            raise ValueError("a reference does nothing with kl_coefficient=0; set one of them otherwise")
 
 
 class Objective(contracts.Objective):
@@ -37,9 +44,9 @@ class Objective(contracts.Objective):
     unit = "of advantage"
 
     def __init__(self, config: Config) -> None:
-        self.config = config
+        self.config, self.reference = config, config.reference
         old = () if config.on_policy else ("old_log_probs",)
-        reference = ("reference_log_probs",) if config.kl_coefficient else ()
+        reference = ("reference_log_probs",) if config.kl_coefficient and not config.reference else ()
         self.columns = ("weight", "advantage", *old, *reference)
 
     def count(self, targets: Targets) -> Tensor:

@@ -58,6 +58,12 @@ class Head:
             found.append(sums.detach())
         return _total(found), grad.view_as(hidden)
 
+    @torch.no_grad()
+    def log_probs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Of [B, L, D] hidden states and labels [B, L]: log p(label) as [B, L], 0 where there is no label."""
+        pieces = self._pieces(hidden.flatten(0, 1), Targets(labels))
+        return torch.cat([self._log_probs(rows, some.labels) for rows, some in pieces]).view_as(labels)
+
     def _pieces(self, rows: Tensor, targets: Targets) -> list[tuple[Tensor, Targets]]:
         """A rank without tokens has one piece, an empty one: its sums have a shape, too."""
         return list(zip(rows.split(self._tokens), targets.split(self._tokens), strict=True))

@@ -99,6 +99,25 @@ class Stream:
         """Hand the sums over to the parameters' `grad`, once, and begin anew."""
         self._sums.deliver()
 
+    def log_probs(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout) -> Tensor:
+        """log p(label) of the tokens that this rank holds, [B, L], in nats; 0 where there is no label. No gradients."""
+        shards = self._handles.shards(layout)
+        parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
+        inputs, found = Shelf(), []
+
+        def score(chunk: int, output: Tensor) -> None:
+            found.append(self._head.log_probs(output, labels[:, parts[chunk]]))
+
+        for chunk, part in enumerate(parts):
+            inputs.put(chunk, [tokens[:, part]])
+        for block in self._blocks:
+            outputs = self._shelf()
+            self._forward(
+                block, _Kept(inputs, self._shelf()), shards, score if block is self._blocks[-1] else _into(outputs)
+            )
+            inputs = outputs
+        return torch.cat(found, dim=1)
+
     def _forward_all(
         self, tokens: list[Tensor], targets: list[Targets], shards: list[Shard]
     ) -> tuple[list[_Kept], list[Tensor]]:

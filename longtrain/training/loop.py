@@ -22,6 +22,7 @@ from longtrain.telemetry.records import LedgerLine, RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
+from longtrain.training.reference import ReferencedReader
 
 # Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -57,7 +58,7 @@ class Loop:
     model: Model
     objective: Objective
     engine: ReplicatedEngine
-    reader: BatchReader
+    reader: BatchReader | ReferencedReader
     stream: Stream
     store: CheckpointStore
     records: RunRecords | None

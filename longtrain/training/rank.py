@@ -29,6 +29,7 @@ from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop
 from longtrain.training.objective import check_columns, make_objective
+from longtrain.training.reference import ReferencedReader, load_reference
 from longtrain.training.resume import Start, identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -77,6 +78,12 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             if mesh.is_writer:
                 listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
+            batches = _reader(config, corpus, mesh, device)
+            reader: BatchReader | ReferencedReader = batches
+            if objective.reference is not None:
+                frozen = load_reference(objective.reference, config, corpus, store, registry, device)
+                streamed = Stream(frozen, handles, objective, config.stream, partial(engine.autocast, device))
+                reader = ReferencedReader(batches, streamed)
             end = Loop(
                 config=config,
                 mesh=mesh,
@@ -84,7 +91,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 model=model,
                 objective=objective,
                 engine=engine,
-                reader=_reader(config, corpus, mesh, device),
+                reader=reader,
                 stream=Stream(model, handles, objective, config.stream, partial(engine.autocast, device)),
                 store=store,
                 records=records,

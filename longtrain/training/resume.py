@@ -91,7 +91,7 @@ def resume(
 
 
 def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted: dict[str, Any]) -> None:
-    for key, trained, asked in _differences(found.metadata["identity"], wanted):
+    for key, trained, asked in differences(found.metadata["identity"], wanted):
         if key == "data":
             raise Refused(
                 f"{found.path} was trained on other data; use the data it was trained on, or another run.name"
@@ -103,11 +103,11 @@ def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted
         raise Refused(f"{found.path} is of another model: {error}; use the same model, or another run.name") from error
 
 
-def _differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """Leaves that differ, as (dotted key, trained with, asked for)."""
     if isinstance(trained, dict) and isinstance(asked, dict):
         names = sorted(trained.keys() | asked.keys())
-        return [d for n in names for d in _differences(trained.get(n), asked.get(n), f"{key}.{n}" if key else n)]
+        return [d for n in names for d in differences(trained.get(n), asked.get(n), f"{key}.{n}" if key else n)]
     return [] if trained == asked else [(key, trained, asked)]
 
 

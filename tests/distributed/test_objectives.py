@@ -33,7 +33,7 @@ def preferences(folder: Path, **changes: Any) -> TrainingConfig:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = preference.Config("preference", "bytes", None, folder / "pairs", folder / "pairs.jsonl")
     prepare(data, Registry())
-    return tiny_config(folder, objective=dpo.Config("dpo", beta=0.2), data=data, **changes)
+    return tiny_config(folder, objective=dpo.Config("dpo", beta=0.2, reference=None), data=data, **changes)
 
 
 def sampled(folder: Path, given: str, **changes: Any) -> TrainingConfig:
@@ -47,7 +47,7 @@ def sampled(folder: Path, given: str, **changes: Any) -> TrainingConfig:
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = rollouts.Config("rollouts", "bytes", None, folder / "sampled", folder / "rollouts.jsonl")
     prepare(data, Registry())
-    objective = grpo.Config("grpo", clip=0.2, kl_coefficient=0.0, on_policy=False)
+    objective = grpo.Config("grpo", clip=0.2, kl_coefficient=0.0, reference=None, on_policy=False)
     return tiny_config(folder, objective=objective, data=data, context_length=256, **changes)
 
 
@@ -86,3 +86,19 @@ def test_data_without_what_the_objective_needs_are_refused(tmp_path: Path) -> No
         train_rank(config)
     [loss] = losses(train_rank(replace(config, objective=replace(config.objective, on_policy=True))))
     assert loss == pytest.approx(0, abs=1e-6), "ratios are 1"
+
+
+def test_a_frozen_model_is_what_the_data_would_have_said(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    """A new model's first checkpoint, after a step at no learning rate, is that model: no pair is preferred to it."""
+    config = preferences(tmp_path, steps=4)
+    still = replace(config.optimizer, learning_rate=0.0, weight_decay=0.0)
+    train_rank(replace(config, steps=1, optimizer=still, run=replace(config.run, name="reference")))
+    path = config.run.dir / "reference" / "checkpoints" / "step-00000001"
+    frozen = replace(config, objective=replace(config.objective, reference=path))
+    want = losses(train_rank(with_ranks(frozen, 1)))
+    assert want[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert want[-1] < want[0] - 0.05
+    streamed = replace(with_ranks(frozen, 2), stream=replace(config.stream, chunk_tokens=29, block_layers=2))
+    assert losses(rank_pool(2).run(train_rank, streamed)[0]) == pytest.approx(want, rel=1e-5)
+    with pytest.raises(Refused, match=r"objective\.reference=.* was trained with model\.mlp_width=64, not 32"):
+        train_rank(replace(frozen, model=replace(config.model, mlp_width=32), run=replace(config.run, name="other")))

@@ -9,7 +9,7 @@ from longtrain.core.kinds import LayoutKind
 from tests.distributed.test_parity import ATTENDS, LAYOUTS, SCANS, algorithms
 from tests.harness.mixers import RECURRENT
 from tests.harness.ranks import RankPool
-from tests.harness.streaming import TOLERANCE, StreamCase, stream_error
+from tests.harness.streaming import TOLERANCE, StreamCase, log_prob_error, stream_error
 
 
 def wrong(cases: list[StreamCase], sequence_size: int, device: str = "cpu") -> dict[StreamCase, float]:
@@ -58,3 +58,15 @@ def test_objectives_of_examples(rank_pool: Callable[[int], RankPool], objective:
         for (b, c, layout), m in zip(cuts, (3, 1, 2, 3), strict=True)
     ]
     check(rank_pool(2), [*cases, StreamCase(length=1, chunk_tokens=None, objective=objective)])
+
+
+def wrong_log_probs(cases: list[StreamCase], sequence_size: int) -> dict[StreamCase, float]:
+    """The cases whose error on this rank is beyond the tolerance."""
+    group = build_mesh(sequence_size).sequence
+    errors = {case: log_prob_error(case, group, algorithms(case.scan, case.attend)) for case in cases}
+    return {case: error for case, error in errors.items() if not error < TOLERANCE}
+
+
+def test_log_probabilities_without_gradients(rank_pool: Callable[[int], RankPool]) -> None:
+    cases = [StreamCase(block_layers=b, chunk_tokens=c, layout="zigzag") for b, c in ((2, 11), ("all", 2), (0, None))]  # type: ignore[arg-type]
+    assert rank_pool(2).run(wrong_log_probs, cases, 2, timeout=240) == [{}, {}]

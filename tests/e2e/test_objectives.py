@@ -37,6 +37,11 @@ def test_the_loss_on_preferences_falls_on_two_ranks_with_chunks_of_time(tmp_path
     [
         (["objective=dpo"], ["objective=dpo needs the column", "data=python_stdlib does not have", "data=preference"]),
         (["objective=grpo", "data=preference"], ["objective=grpo", "'advantage'", "use data=rollouts"]),
+        (
+            ["objective=dpo", "data=preference", "objective.reference=no/where"],
+            ["no/where does not exist"],
+        ),
+        (["objective=grpo", "data=rollouts", "objective.reference=."], ["does nothing with kl_coefficient=0"]),
         (["data=preference"], ["objective=next_token does not read the column 'side' of data=preference"]),
     ],
 )

@@ -10,9 +10,9 @@ from longtrain.objectives import dpo, grpo, next_token
 
 OBJECTIVES: dict[str, Objective] = {
     "next_token": next_token.Objective(next_token.Config("next_token")),
-    "dpo": dpo.Objective(dpo.Config("dpo", beta=0.7)),
-    "grpo": grpo.Objective(grpo.Config("grpo", clip=0.3, kl_coefficient=0.2, on_policy=False)),
-    "grpo-on-policy": grpo.Objective(grpo.Config("grpo", clip=0.3, kl_coefficient=0.0, on_policy=True)),
+    "dpo": dpo.Objective(dpo.Config("dpo", beta=0.7, reference=None)),
+    "grpo": grpo.Objective(grpo.Config("grpo", clip=0.3, kl_coefficient=0.2, reference=None, on_policy=False)),
+    "grpo-on-policy": grpo.Objective(grpo.Config("grpo", clip=0.3, kl_coefficient=0.0, reference=None, on_policy=True)),
 }
 
 

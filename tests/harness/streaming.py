@@ -150,6 +150,24 @@ def stream_shards(layout: SequenceLayout, group: Group, device: torch.device) ->
     return [Shard(layout, group, device, chunk) for chunk in range(layout.num_chunks)]
 
 
+def log_prob_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL) -> float:
+    """Largest error of the log-probabilities of this rank's labels, in nats."""
+    exact, device = problem_of(case), torch.device("cpu")
+    whole = Shard(SequenceLayout(case.length, 1, exact.starts), Group(0, 1), device)
+    config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
+    stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext)
+    layout = SequenceLayout(case.length, group.size, exact.starts, case.chunk_tokens, case.layout)
+    index = torch.cat([shard.index for shard in stream_shards(layout, group, device)])
+    labels = together(exact.rows).labels
+    found = stream.log_probs(exact.tokens[:, index], labels[:, index], layout)
+    with torch.no_grad():
+        logits = exact.model.head(exact.model(exact.tokens, ShardedSequence(whole, LOCAL)))
+    want = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    want = torch.where(labels == IGNORED_LABEL, 0, want)[:, index]
+    assert found.shape == want.shape
+    return (found - want).abs().max().item() if want.numel() else 0.0
+
+
 @contextmanager
 def count_deliveries(exact: Problem) -> Iterator[dict[str, int]]:
     """How often each parameter is given a gradient meanwhile."""

@@ -10,6 +10,7 @@ from tests.harness.streaming import (
     TOLERANCE,
     StreamCase,
     count_deliveries,
+    log_prob_error,
     problem_of,
     stream_error,
     stream_gradients,
@@ -51,3 +52,9 @@ def test_every_parameter_is_handed_over_once_a_step(objective: str) -> None:
     with count_deliveries(exact) as counts:
         stream_gradients(case, exact, ALONE, LOCAL, torch.device("cpu"))
     assert set(counts.values()) == {1}
+
+
+@pytest.mark.parametrize("block_layers", [*BLOCKS, 0])
+def test_log_probabilities_without_gradients(block_layers: Blocks) -> None:
+    for chunk in (None,) if block_layers == 0 else (2, 11, None):
+        assert log_prob_error(StreamCase(block_layers=block_layers, chunk_tokens=chunk), ALONE) < TOLERANCE
