@@ -15,6 +15,7 @@ from torch import Tensor
 from longtrain.cluster.resolve import ResolvedJob
 from longtrain.comm.group import Group
 from longtrain.core.layout import SequenceLayout
+from longtrain.core.targets import Targets
 from longtrain.model.build import build_model
 from longtrain.model.model import Model
 from longtrain.objectives import next_token
@@ -88,9 +89,10 @@ class Workload:
     def gradients(self, batch: Batch, config: StreamConfig) -> float:
         """Add them to the parameters' `grad`; returns the mean loss."""
         layout = SequenceLayout(batch.tokens.shape[1], 1, ((0,),), config.chunk_tokens)
-        count = OBJECTIVE.count(batch.labels)
+        targets = Targets(batch.labels)
+        count = OBJECTIVE.count(targets)
         stream = Stream(self.model, self.handles, OBJECTIVE, config, self._autocast)
-        loss = stream.backward(batch.tokens, batch.labels, layout, count)
+        loss = stream.backward(batch.tokens, targets, layout, count)
         stream.deliver()
         return (loss / count).item()
 

@@ -11,6 +11,7 @@ from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry, did_you_mean
 from longtrain.model.config import parse_pattern
 from longtrain.training.config import RESUME_WORDS, TrainingConfig
+from longtrain.training.objective import check_objective
 
 ADDRESS_WORDS = ("local", "auto", "env")
 Seconds = Annotated[float, Field(gt=0)]
@@ -72,6 +73,7 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             f"(cluster.workers={workers} / sequence_parallel.size={size}); use {near}"
         )
     _check_words(config)
+    check_objective(config, registry)
     names = parse_pattern(config.model.pattern)
     pattern = f"model.pattern=[{', '.join(config.model.pattern)}]"
     if config.model.num_layers % len(names):

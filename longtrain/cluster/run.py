@@ -19,10 +19,11 @@ from longtrain.comm.journal import Journal
 from longtrain.config.load import load_config
 from longtrain.core.errors import Preempted, Refused
 from longtrain.core.registry import Registry
-from longtrain.data.prepare import prepare
+from longtrain.data.prepare import open_corpus, prepare
 from longtrain.telemetry.events import Event
 from longtrain.telemetry.progress import Progress
 from longtrain.telemetry.tracker import Tracker
+from longtrain.training.objective import check_columns, make_objective
 
 _TARGET = "longtrain.cluster.target:train"
 _SAY_EVERY_SECONDS = 10.0
@@ -44,6 +45,8 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
     tree = tree | {"run": {"name": config.run.name, "dir": str(root)}}
     directory = root / config.run.name
     prepare(config.data, registry, _say_progress())
+    corpus = open_corpus(config.data, registry, config.seed, config.context_length)
+    check_columns(config, make_objective(config, registry), corpus.columns)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

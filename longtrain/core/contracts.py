@@ -6,10 +6,12 @@ just before its own. It never learns how many ranks there are.
 """
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
+from longtrain.core.targets import Targets
 from longtrain_kernels.affine import Segment
 from longtrain_kernels.backend import Backend
 from longtrain_kernels.scan import OnHeads
@@ -121,13 +123,42 @@ class SequenceMixer(nn.Module, ABC):
         """Operations of a forward pass beyond the projections, for a token that sees `context` tokens."""
 
 
-class Objective(Protocol):
-    """What every `objectives/<name>.py` defines; built as `Objective(config)`."""
+class Objective(ABC):
+    """Base of the `Objective` that every `objectives/<name>.py` defines; built as `Objective(config)`.
 
-    def count(self, labels: Tensor) -> Tensor:
-        """How many tokens of [B, L] count in the loss, as a float64 scalar."""
-        ...
+    A loss is a function of sums over tokens: `loss_sum` of the total of `sums`. Sums of parts are added, over chunks of
+    time and over the ranks of a sequence, so that no part needs logits or log-probabilities of another one. Where
+    `loss_sum` is the identity (`tokenwise`), gradients need nothing beforehand. Else a forward pass finds the total
+    first; a token's gradient is then that of `sums` with the cotangent that `loss_sum` has there, by the chain rule.
+    """
 
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Of some tokens, [n, vocabulary] and [n]: the sum of their losses, float32 at least."""
-        ...
+    tokenwise: bool = True
+    """Whether `sums` is the loss itself, a scalar."""
+    columns: tuple[str, ...] = ()
+    """Of `Targets`, those that it reads."""
+    reference: Path | None = None
+    """The checkpoint of a frozen model, whose log-probabilities of the labels become the column
+    `reference_log_probs`."""
+    unit: str
+    """Of the loss, for people: `nats/token`."""
+
+    @abstractmethod
+    def count(self, targets: Targets) -> Tensor:
+        """What the loss is divided by, a float64 scalar; summed over all batches and ranks of a step."""
+
+    @abstractmethod
+    def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
+        """Sums over some tokens.
+
+        Args:
+            log_probs: [n] log p(label), in nats, float32 at least; 0 where there is no label.
+            targets: of the same tokens, [n].
+
+        Returns:
+            A scalar where tokens stand alone, else any shape that depends on `targets.num_examples` alone; float32 at
+            least.
+        """
+
+    def loss_sum(self, sums: Tensor) -> Tensor:
+        """The loss of all examples, a scalar, from the sums over all their tokens."""
+        return sums

@@ -21,6 +21,8 @@ class Window:
         self.length = length
         self.starts: np.ndarray = pieces.starts
         """int64, sorted, starts[0] == 0: index in the window at which each document, or piece of one, begins."""
+        self.num_examples = 0
+        """Examples of which it knows more than tokens."""
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and labels, int64 [end - begin], of the window's slice [begin, end); it may be empty.
@@ -32,7 +34,7 @@ class Window:
         """
         if not 0 <= begin <= end <= self.length:
             raise ValueError(f"slice [{begin}, {end}) of a window of {self.length} tokens")
-        tokens = np.empty(end - begin, np.int64)
+        tokens = np.full(end - begin, self._store.manifest.end_of_document, np.int64)
         labels = np.full(end - begin, IGNORED_LABEL, np.int64)
         if begin == end:
             return tokens, labels
@@ -40,15 +42,22 @@ class Window:
         last = int(np.searchsorted(self.starts, end, side="left"))
         for piece in range(first, last):
             start = int(self.starts[piece])
-            stop = int(self.starts[piece + 1]) if piece + 1 < len(self.starts) else self.length
-            low, high = max(start, begin), min(stop, end)
-            source = int(self._pieces.begins[piece]) + low - start
-            labelled = min(high - low, int(self._pieces.document_ends[piece]) - source - 1)
+            shift = int(self._pieces.begins[piece]) - start
+            document_end = int(self._pieces.document_ends[piece])
+            low, high = max(start, begin), min(document_end - shift, end)
+            if high <= low:  # padding
+                continue
+            source = low + shift
+            labelled = min(high - low, document_end - source - 1)
             read = np.empty(max(high - low, labelled + 1), np.int64)
             self._store.read_into(source, read)
             tokens[low - begin : high - begin] = read[: high - low]
             labels[low - begin : low - begin + labelled] = read[1 : labelled + 1]
         return tokens, labels
+
+    def columns(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        """What else is known of the window's slice [begin, end), by name; see `core.targets.Targets`."""
+        return {}
 
 
 class Corpus:
@@ -67,6 +76,8 @@ class Corpus:
         self.num_documents: int = manifest.num_documents
         self.unigram_entropy: float = manifest.unigram_entropy
         """Nats per token over the whole store."""
+        self.columns: tuple[str, ...] = ()
+        """Of every window."""
         self._order = Order(store.offsets, store.lengths, seed)
 
     def window(self, position: int, length: int) -> Window:

@@ -7,6 +7,7 @@ A store is a folder:
   end-of-document token, and may cross blocks and shards.
 * `documents.arrow`: offset (in tokens), length (with the end-of-document token) and origin of each document.
 * `blocks.arrow`: the CRC-32 of each block.
+* `examples.arrow`, where the documents are completions of prompts: see `longtrain.data.examples`.
 * `manifest.json`: written last, so that a folder without it is no store.
 """
 
@@ -23,6 +24,7 @@ from longtrain.core.errors import CorruptData, Refused
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.arrow"
 BLOCKS = "blocks.arrow"
+EXAMPLES = "examples.arrow"
 FORMAT: Literal["longtrain-tokens-1"] = "longtrain-tokens-1"
 
 _PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
@@ -72,6 +74,18 @@ class Index:
 
 
 @dataclass(frozen=True)
+class ExamplesIndex(Index):
+    """What is known of examples beside their tokens."""
+
+    content: _Digest
+    """Over all of it: equal examples have equal digests, whoever prepared them."""
+    values: tuple[_PlainName, ...]
+    """Columns with a number for each document."""
+    token_values: tuple[_PlainName, ...]
+    """Columns with a number for each predicted token."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`. Counts include the end-of-document tokens."""
 
@@ -93,6 +107,8 @@ class Manifest:
     shards: tuple[Shard, ...]
     documents: Index
     blocks: Index
+    examples: ExamplesIndex | None = None
+    """None where the documents are plain text."""
 
     @property
     def num_blocks(self) -> int:

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """int64 [count]: the numbers below `count` in the order of an epoch; 0 <= seed, epoch < 2^64."""
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
 @dataclass(frozen=True)
 class Pieces:
     """The parts of documents that a window covers, in order. All int64 [num_pieces]."""
@@ -67,9 +73,7 @@ class Order:
     def _epoch(self, epoch: int) -> _Epoch:
         found = self._epochs.get(epoch)
         if found is None:
-            key = np.array([self._seed, epoch], np.uint64)
-            words = np.random.Philox(key=key).random_raw(len(self._lengths))
-            documents = np.argsort(words, kind="stable")
+            documents = shuffled(len(self._lengths), self._seed, epoch)
             found = _Epoch(documents, np.cumsum(self._lengths[documents]))
             # A window reaches into the next epoch, hence two.
             self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1} | {epoch: found}

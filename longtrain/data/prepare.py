@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from pydantic import TypeAdapter
 
@@ -23,8 +24,10 @@ from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.config import SourceConfig
 from longtrain.data.corpus import Corpus
+from longtrain.data.examples import ExamplesWriter
 from longtrain.data.manifest import Recipe
-from longtrain.data.source import Document, InputFile
+from longtrain.data.packing import PackedCorpus
+from longtrain.data.source import Example, InputFile
 from longtrain.data.store import TokenStore
 from longtrain.data.tokenization import Tokenizer, load_tokenizer
 from longtrain.data.writer import StoreWriter, sync_folder
@@ -32,8 +35,10 @@ from longtrain.data.writer import StoreWriter, sync_folder
 Progress = Callable[[int, int], None]
 """Called now and then with the documents and tokens written so far; never when a store is reused."""
 
+Item = TypeVar("Item")
+
 _BATCH_CHARACTERS = 2**20
-_BATCH_DOCUMENTS = 256
+_BATCH_ITEMS = 256
 
 
 def prepare(config: SourceConfig, registry: Registry, progress: Progress = lambda documents, tokens: None) -> Path:
@@ -64,13 +69,16 @@ def prepare(config: SourceConfig, registry: Registry, progress: Progress = lambd
     return folder
 
 
-def open_corpus(config: SourceConfig, registry: Registry, seed: int) -> Corpus:
+def open_corpus(config: SourceConfig, registry: Registry, seed: int, context_length: int) -> Corpus:
     """Open the prepared store for `config`, in the order of `seed` (0 <= seed < 2^63).
+
+    Examples are packed into sequences of `context_length` tokens; windows of plain text may have any length.
 
     A store that `data.store` names needs no input files: its options and tokenizer are checked, not whether the files
     changed since (`prepare` does that). Else the input files tell which store of the user's cache it is.
 
-    Raises Refused where nothing was prepared or the store holds something else, CorruptData where it is damaged.
+    Raises Refused where nothing was prepared, the store holds something else or an example does not fit the context,
+    CorruptData where it is damaged.
     """
     tokenizer = load_tokenizer(config)
     folder = _explicit_store(config)
@@ -81,7 +89,7 @@ def open_corpus(config: SourceConfig, registry: Registry, seed: int) -> Corpus:
         recipe = _recipe(config, tokenizer, None)
     store = TokenStore(folder)
     _check_recipe(store, recipe)
-    return Corpus(store, seed)
+    return Corpus(store, seed) if store.examples is None else PackedCorpus(store, seed, context_length)
 
 
 def _build(
@@ -96,19 +104,26 @@ def _build(
         with _writing(folder):
             building.mkdir()
             writer = StoreWriter(building, tokenizer)
-        with contextlib.closing(writer):
-            for batch in _batches(source.documents(config)):
-                tokens = tokenizer.encode([document.text for document in batch])
-                with _writing(folder):
-                    for document, ids in zip(batch, tokens, strict=True):
-                        writer.add(ids, document.origin)
-                progress(writer.num_documents, writer.num_tokens)
+            examples = ExamplesWriter(building, tokenizer, writer)
+        with contextlib.closing(writer), contextlib.closing(examples):
+            if hasattr(source, "examples"):
+                for some in _batches(source.examples(config), _characters):
+                    with _writing(folder):
+                        examples.add(some)
+                    progress(writer.num_documents, writer.num_tokens)
+            else:
+                for batch in _batches(source.documents(config), lambda document: len(document.text)):
+                    tokens = tokenizer.encode([document.text for document in batch])
+                    with _writing(folder):
+                        for document, ids in zip(batch, tokens, strict=True):
+                            writer.add(ids, document.origin)
+                    progress(writer.num_documents, writer.num_tokens)
             if not writer.num_documents:
                 raise Refused(f"data={config.name}: every document is empty; give text with at least one token")
             if _recipe(config, tokenizer, source.inputs(config)) != recipe:
                 raise Refused("the input files changed while they were read; run `longtrain prepare` again")
             with _writing(folder):
-                writer.finish(recipe)
+                writer.finish(recipe, examples.finish())
                 os.rename(building, folder)
                 sync_folder(folder.parent)
     except BaseException:
@@ -116,18 +131,22 @@ def _build(
         raise
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Groups that are worth a tokenizer's threads and bounded in memory by the longest document."""
-    batch: list[Document] = []
+def _batches(items: Iterator[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Groups that are worth a tokenizer's threads and bounded in memory by the longest item; `size` in characters."""
+    batch: list[Item] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_DOCUMENTS:
+    for item in items:
+        batch.append(item)
+        characters += size(item)
+        if characters >= _BATCH_CHARACTERS or len(batch) == _BATCH_ITEMS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _characters(example: Example) -> int:
+    return sum(len(part) for completion in example.completions for part in (completion.prompt, completion.completion))
 
 
 @contextlib.contextmanager
@@ -152,7 +171,10 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _source(config: SourceConfig, registry: Registry) -> ModuleType:
-    return registry.load("data.sources", config.name, ("Config", "inputs", "documents"))
+    source = registry.load("data.sources", config.name, ("Config", "inputs"))
+    if not hasattr(source, "examples"):
+        registry.load("data.sources", config.name, ("documents",))
+    return source
 
 
 def _explicit_store(config: SourceConfig) -> Path | None:

@@ -6,12 +6,18 @@ A source is a module of `data/sources/` that defines
 * `inputs(config) -> list[InputFile]`: the files that it would read, in reading order, without reading them;
 * `documents(config) -> Iterator[Document]`: their text, one document after the other, in the same order every time.
 
-Both functions raise Refused, in one line that names the file, for input that cannot be used.
+A source of examples, for objectives that ask for more than the next token, defines instead of `documents`
+
+* `examples(config) -> Iterator[Example]`, and
+* `COLUMNS`, `OPTIONAL_COLUMNS`: names of values that every example has, and that may be left out of all of them. An
+  objective that does not read `COLUMNS` is refused: it would learn from what is there to be avoided.
+
+All of them raise Refused, in one line that names the file, for input that cannot be used.
 """
 
 import os
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from longtrain.core.errors import Refused
@@ -23,6 +29,35 @@ class Document:
 
     text: str
     origin: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it: a document, in which the tokens of the completion are predicted.
+
+    Each is text, which ends with an end-of-document token that is predicted too, or token ids, to which nothing is
+    added. The two are tokenised apart.
+    """
+
+    prompt: str | list[int]
+    completion: str | list[int]
+    values: Mapping[str, float] = field(default_factory=dict)
+    """Of every predicted token."""
+    totals: Mapping[str, float] = field(default_factory=dict)
+    """Of the completion as a whole, such as its log-probability: spread evenly over its tokens."""
+    token_values: Mapping[str, list[float]] = field(default_factory=dict)
+    """One for each predicted token."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Completions that belong together: all of them come into one sequence."""
+
+    completions: tuple[Completion, ...]
+    place: str
+    """For messages: `/data/part-3.jsonl:17`."""
+    origin: str
+    """As of a document."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from longtrain.core.errors import CorruptData
-from longtrain.data.manifest import BLOCKS, DOCUMENTS, Index, read_manifest, remedy
+from longtrain.data.examples import Examples, examples_schema
+from longtrain.data.manifest import BLOCKS, DOCUMENTS, EXAMPLES, Index, read_manifest, remedy
 from longtrain.data.writer import BLOCKS_SCHEMA, DOCUMENTS_SCHEMA, tokens_schema
 
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
@@ -41,6 +42,8 @@ class TokenStore:
         """int64 [num_documents]: tokens of each document, with its end-of-document token; at least 2."""
         self._crcs: np.ndarray = blocks["crc32"].to_numpy()
         self._check_index()
+        self.examples: Examples | None = self._read_examples()
+        """None where the documents are plain text."""
         self._readers: dict[int, pa.ipc.RecordBatchFileReader] = {}
         self._views: dict[int, np.ndarray] = {}
         self._verified = np.zeros(self.manifest.num_blocks, bool)
@@ -134,6 +137,16 @@ class TokenStore:
         if not table.schema.equals(schema):
             self._corrupt(name, "has another schema")
         return table
+
+    def _read_examples(self) -> Examples | None:
+        index = self.manifest.examples
+        if index is None:
+            return None
+        table = self._read_index(EXAMPLES, index, examples_schema(index.values, index.token_values))
+        try:
+            return Examples(table, self.lengths)
+        except _UNREADABLE as error:
+            self._corrupt(EXAMPLES, f"is unreadable ({error})")
 
     def _check_index(self) -> None:
         # Digests guard against accidents; these keep a forged index from leading a read astray.

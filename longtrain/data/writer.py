@@ -14,6 +14,7 @@ from longtrain.data.manifest import (
     DOCUMENTS,
     FORMAT,
     MANIFEST,
+    ExamplesIndex,
     Index,
     Manifest,
     Recipe,
@@ -67,8 +68,8 @@ class StoreWriter:
         self._tokens_hash = hashlib.sha256()
         self._lengths_hash = hashlib.sha256()
         self._shards: list[Shard] = []
-        self._shard: _ArrowFile | None = None
-        self._documents = _ArrowFile(folder / DOCUMENTS, DOCUMENTS_SCHEMA)
+        self._shard: ArrowFile | None = None
+        self._documents = ArrowFile(folder / DOCUMENTS, DOCUMENTS_SCHEMA)
         self._rows: list[tuple[int, int, str]] = []
         self.num_tokens = 0
         self.num_documents = 0
@@ -89,7 +90,7 @@ class StoreWriter:
         self.num_tokens += length
         self.num_documents += 1
 
-    def finish(self, recipe: Recipe) -> Manifest:
+    def finish(self, recipe: Recipe, examples: ExamplesIndex | None = None) -> Manifest:
         """Write what is left, make all of it durable, and the manifest last. At least one document was added."""
         if self._filled:
             self._write_block()
@@ -97,7 +98,7 @@ class StoreWriter:
             self._close_shard()
         self._write_rows()
         documents = self._documents.close()
-        blocks_file = _ArrowFile(self._folder / BLOCKS, BLOCKS_SCHEMA)
+        blocks_file = ArrowFile(self._folder / BLOCKS, BLOCKS_SCHEMA)
         blocks_file.write([np.array(self._crcs, np.uint32)])
         blocks = blocks_file.close()
         manifest = Manifest(
@@ -113,8 +114,9 @@ class StoreWriter:
             unigram_entropy=_entropy(self._counts),
             content=self._content(),
             shards=tuple(self._shards),
-            documents=_index(self._folder / DOCUMENTS, documents),
-            blocks=_index(self._folder / BLOCKS, blocks),
+            documents=index_of(self._folder / DOCUMENTS, documents),
+            blocks=index_of(self._folder / BLOCKS, blocks),
+            examples=examples,
         )
         with (self._folder / MANIFEST).open("wb") as file:
             file.write(encode_manifest(manifest))
@@ -142,7 +144,7 @@ class StoreWriter:
     def _write_block(self) -> None:
         block = self._block[: self._filled]
         if self._shard is None:
-            self._shard = _ArrowFile(self._folder / f"tokens-{len(self._shards):05d}.arrow", self._schema)
+            self._shard = ArrowFile(self._folder / f"tokens-{len(self._shards):05d}.arrow", self._schema)
         self._shard.write([block])
         self._crcs.append(zlib.crc32(block.data))
         self._tokens_hash.update(block.data)
@@ -169,7 +171,7 @@ class StoreWriter:
         return hashlib.sha256(head + self._tokens_hash.digest() + self._lengths_hash.digest()).hexdigest()
 
 
-class _ArrowFile:
+class ArrowFile:
     """An Arrow IPC file that is durable once it is closed."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -206,7 +208,8 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _index(path: Path, size: int) -> Index:
+def index_of(path: Path, size: int) -> Index:
+    """The size in bytes and the digest of a file that is read whole."""
     with path.open("rb") as file:
         return Index(size, hashlib.file_digest(file, "sha256").hexdigest())
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
-from torch.nn import functional as F
 
+from longtrain.core import contracts
 from longtrain.core.labels import IGNORED_LABEL
+from longtrain.core.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,18 @@ class Config:
     name: str
 
 
-class Objective:
+class Objective(contracts.Objective):
     """See `core.contracts.Objective`."""
+
+    unit = "nats/token"
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    def count(self, labels: Tensor) -> Tensor:
-        """How many tokens of [B, L] count in the loss, as a float64 scalar."""
-        return (labels != IGNORED_LABEL).sum().to(torch.float64)
+    def count(self, targets: Targets) -> Tensor:
+        """Tokens that have a label."""
+        return (targets.labels != IGNORED_LABEL).sum().to(torch.float64)
 
-    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sum over tokens, [n, vocabulary] and [n], of -log p(label), in nats, float32 at least.
-
-        Tokens labelled `IGNORED_LABEL` add nothing.
-        """
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
+        """Of -log p(label)."""
+        return -log_probs.sum()

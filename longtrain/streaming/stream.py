@@ -8,7 +8,8 @@ besides, while their block is worked on (`sequence_parallel.prefix`). One block 
 
 Sources: StreamBP (Luo et al. 2025) and ALST (Bekman et al. 2025) for one layer at a time; SeCO (Li et al. 2025) for
 chunks through all layers. Passes forward: 2 less that of the last chunk of the last block; a block with softmax layers
-that is not the last needs keys and values again, which for one layer is a projection.
+that is not the last needs keys and values again, which for one layer is a projection. An objective that is not
+tokenwise needs the last chunk of the last block too, and the head's part of a forward pass.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from longtrain.core.contracts import Objective
 from longtrain.core.layout import SequenceLayout
+from longtrain.core.targets import Targets
 from longtrain.model.model import Model
 from longtrain.sequence_parallel.handle import Handles
 from longtrain.sequence_parallel.lift import Lift
@@ -58,27 +60,30 @@ class Stream:
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._blocks = blocks_of(model, config)
-        self._handles, self._autocast = handles, autocast
+        self._handles, self._objective, self._autocast = handles, objective, autocast
         self._lift = Lift(handles.device) if config.offload == "host" else None
         self._sums = GradientSums(model.parameters())
         self._head = Head(model, objective, config.logit_tokens, self._sums, autocast)
 
-    def backward(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout, count: Tensor) -> Tensor:
-        """Add the gradients of loss_sum / count to the sums, for the tokens and labels [B, L] that this rank holds.
+    def backward(self, tokens: Tensor, targets: Targets, layout: SequenceLayout, count: Tensor) -> Tensor:
+        """Add the gradients of loss / count to the sums, for the tokens and targets [B, L] that this rank holds.
 
         `tokens` are in ascending order of chunks, and in a chunk of slots. May be called for several batches.
 
         Returns:
-            The sum of this rank's losses, a float64 scalar.
+            This rank's part of the loss, a float64 scalar; the ranks' parts add up to it.
         """
         shards = self._handles.shards(layout)
         parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
-        kept = self._forward_all([tokens[:, part] for part in parts], shards)
-        losses: list[Tensor] = []
+        asked = [targets.part(part) for part in parts]
+        kept, sums = self._forward_all([tokens[:, part] for part in parts], asked, shards)
+        loss, cotangent = self._differentiate_sums(sums, count)
 
         def score(output: Tensor, chunk: int) -> Tensor:
-            loss, grad = self._head.backward(output, labels[:, parts[chunk]], count)
-            losses.append(loss)
+            nonlocal loss
+            own, grad = self._head.backward(output, asked[chunk], cotangent)
+            if self._objective.tokenwise:
+                loss = loss + own
             return grad
 
         grad_of: GradOf = score
@@ -89,7 +94,7 @@ class Stream:
             if grads is None:
                 break
             grad_of = _taken(grads)
-        return torch.stack(losses).sum()
+        return loss
 
     def deliver(self) -> None:
         """Hand the sums over to the parameters' `grad`, once, and begin anew."""
@@ -101,39 +106,74 @@ class Stream:
         """Whether anything of the blocks before this one is not frozen."""
         return any(block.trainable for block in self._blocks[:number])
 
-    def _forward_all(self, tokens: list[Tensor], shards: list[Shard]) -> list[_Kept]:
-        inputs: Shelf = DeviceShelf()
-        for chunk, some in enumerate(tokens):
-            inputs.put(chunk, [some])
-        kept = []
+    def log_probs(self, tokens: Tensor, labels: Tensor, layout: SequenceLayout) -> Tensor:
+        """log p(label) of the tokens that this rank holds, [B, L], in nats; 0 where there is no label. No gradients."""
+        shards = self._handles.shards(layout)
+        parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
+        found: list[Tensor] = []
+
+        def score(chunk: int, output: Tensor) -> None:
+            found.append(self._head.log_probs(output, labels[:, parts[chunk]]))
+
+        inputs = _tokens_on_a_shelf([tokens[:, part] for part in parts])
+        for block in self._blocks:
+            outputs = self._shelf()
+            receive = score if block is self._blocks[-1] else _into(outputs)
+            self._forward(block, self._nothing_kept(inputs), shards, receive)
+            inputs = outputs
+        return torch.cat(found, dim=1)
+
+    def _forward_all(
+        self, tokens: list[Tensor], targets: list[Targets], shards: list[Shard]
+    ) -> tuple[list[_Kept], list[Tensor]]:
+        """What the backward pass needs of every block, and what the objective sums over the chunks, if it must know."""
+        kept: list[_Kept] = []
+        sums: list[Tensor] = []
+        inputs = _tokens_on_a_shelf(tokens)
         for number, block in enumerate(self._blocks):
             of_block, outputs = self._nothing_kept(inputs), self._shelf()
-            self._forward(block, of_block, shards, None if block is self._blocks[-1] else outputs)
+            if block is not self._blocks[-1]:
+                self._forward(block, of_block, shards, _into(outputs))
+                # Keys and values make room for those of the blocks above.
+                of_block.prefixes = Prefixes(self._lift, filled=len(of_block.prefixes))
+            elif self._objective.tokenwise:  # only what crosses chunks is wanted
+                self._forward(block, of_block, shards[:-1], lambda chunk, output: None)
+            else:
+                self._forward(block, of_block, shards, lambda chunk, x: sums.append(self._head.sums(x, targets[chunk])))
             differentiated = block.trainable or self._trains_below(number) or block is self._blocks[-1]
             kept.append(of_block if differentiated else self._nothing_kept(DeviceShelf()))
             inputs = outputs
-        return kept
+        return kept, sums
+
+    def _differentiate_sums(self, sums: list[Tensor], count: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of the loss so far, and the gradient of loss / count by what the objective sums."""
+        if self._objective.tokenwise:
+            return torch.zeros_like(count), 1 / count
+        total = self._handles.group.all_reduce(torch.stack(sums).sum(0)).requires_grad_()
+        with torch.enable_grad():
+            loss = self._objective.loss_sum(total)
+        [cotangent] = torch.autograd.grad([loss / count], [total])
+        # Every rank of the sequence knows the whole loss; it counts once.
+        return loss.detach() if self._handles.group.rank == 0 else torch.zeros_like(count), cotangent
 
     def _nothing_kept(self, inputs: Shelf) -> _Kept:
         return _Kept(inputs, self._shelf(), Prefixes(self._lift))
 
     @torch.no_grad()
-    def _forward(self, block: LayerBlock, kept: _Kept, shards: list[Shard], outputs: Shelf | None) -> None:
-        """Fill what is kept, and `outputs` if there is a block above, which needs keys and values meanwhile."""
+    def _forward(
+        self, block: LayerBlock, kept: _Kept, shards: list[Shard], receive: Callable[[int, Tensor], None]
+    ) -> None:
+        """Keep what crosses chunks; `receive` gets the number of every chunk and the block's output for it."""
         carries: list[Tensor] | None = None
-        # Of the last block only what crosses chunks is wanted.
-        for shard in shards if outputs is not None else shards[:-1]:
+        for shard in shards:
             sequence = self._handles.at(shard, carries, kept.prefixes)
             with self._autocast():
                 output = block(kept.inputs.look(shard.chunk)[0], sequence)
             carries = sequence.carries_out
-            if shard is not shards[-1]:
+            if shard.chunk + 1 < shard.layout.num_chunks:
                 kept.carries.put(shard.chunk + 1, carries)
-            if outputs is not None:
-                outputs.put(shard.chunk, [output])
+            receive(shard.chunk, output)
             self._leave(shard)
-        if outputs is not None:
-            kept.prefixes = Prefixes(self._lift, filled=len(kept.prefixes))
 
     @torch.no_grad()
     def _refill(self, block: LayerBlock, kept: _Kept, shards: list[Shard]) -> None:
@@ -188,6 +228,17 @@ class Stream:
 
     def _shelf(self) -> Shelf:
         return make_shelf(self._lift)
+
+
+def _tokens_on_a_shelf(tokens: list[Tensor]) -> Shelf:
+    shelf = DeviceShelf()
+    for chunk, some in enumerate(tokens):
+        shelf.put(chunk, [some])
+    return shelf
+
+
+def _into(shelf: Shelf) -> Callable[[int, Tensor], None]:
+    return lambda chunk, output: shelf.put(chunk, [output])
 
 
 def _taken(grads: Shelf) -> GradOf:

@@ -18,13 +18,15 @@ class Started:
     """Trained numbers of the model."""
     resumed_from: str | None
     """Folder of the checkpoint that this attempt started from."""
-    unigram_entropy: float
-    """Nats per token of the training data: the loss of a model that knows only how often each token occurs."""
+    unigram_entropy: float | None
+    """Nats per token of the training data: the loss of a model that knows only how often each token occurs. None where
+    the loss is of another unit."""
     run_directory: str
     backend: str
     """What runs the recurrent operations of the mixers: `reference`, `chunked` or `triton`."""
     choices: tuple[str, ...] = ()
     """Settings that `auto` chose, and why: a line each."""
+    loss_unit: str = "nats/token"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class StepDone:
     tokens: int
     """Consumed since the start of training, this step included."""
     loss: float
-    """Nats per predicted token."""
+    """In the unit of the objective: for `next_token`, nats per predicted token."""
     grad_norm: float
     """Global 2-norm before clipping."""
     learning_rate: float

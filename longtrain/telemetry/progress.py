@@ -79,11 +79,12 @@ class Progress:
         first, last, entropy = self._first, self._last, self._started.unigram_entropy
         mean, steps = sum(loss for _, loss in self._losses) / len(self._losses), len(self._losses)
         self._print(f"step {last.step} of {self._started.total_steps}: {self._ending(last.step)}")
+        unit = self._started.loss_unit
         self._print(
-            f"loss: {first.loss:.4f} nats/token ({_bits(first.loss)}) at step {first.step}, "
-            f"{mean:.4f} nats/token ({_bits(mean)}) over the last {steps} steps"
+            f"loss: {_loss(first.loss, unit)} at step {first.step}, {_loss(mean, unit)} over the last {steps} steps"
         )
-        self._print(f"unigram entropy of the data: {entropy:.4f} nats/token ({_bits(entropy)})")
+        if entropy is not None:
+            self._print(f"unigram entropy of the data: {_loss(entropy, unit)}")
         elapsed = _duration(self._clock() - self._begun)
         self._print(f"{last.tokens:,} tokens since the start of training; this command took {elapsed}")
         if self._saved is not None:
@@ -179,8 +180,10 @@ class Progress:
         self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _bits(nats: float) -> str:
-    return f"{nats / math.log(2):.3f} bits/token"
+def _loss(loss: float, unit: str) -> str:
+    """With bits beside nats per token, as compression is told."""
+    bits = f" ({loss / math.log(2):.3f} bits/token)" if unit == "nats/token" else ""
+    return f"{loss:.4f} {unit}{bits}"
 
 
 def _duration(seconds: float) -> str:

@@ -43,7 +43,7 @@ class LedgerLine:
     attempt: int
     """Which start of the workers computed it."""
     loss: str
-    """`float.hex()` of the loss in nats per token: exact to the bit, NaN included."""
+    """`float.hex()` of the loss: exact to the bit, NaN included."""
 
 
 _LINE = TypeAdapter(LedgerLine)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from longtrain.comm.mesh import Mesh
 from longtrain.core.kinds import LayoutKind
-from longtrain.core.layout import SequenceLayout
-from longtrain.data.corpus import Corpus
+from longtrain.core.layout import SequenceLayout, Span
+from longtrain.core.targets import Targets
+from longtrain.data.corpus import Corpus, Window
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Batch:
 
     tokens: Tensor
     """[B, L] int64, by chunk of time, and in a chunk by slot."""
-    labels: Tensor
-    """[B, L] int64, -100 where nothing is to be predicted."""
+    targets: Targets
+    """[B, L]."""
     layout: SequenceLayout
 
 
@@ -72,6 +73,21 @@ class BatchReader:
         layout = SequenceLayout(length, self._mesh.sequence.size, starts, self._cut.chunk_tokens, self._cut.layout)
         chunks = range(layout.num_chunks)
         spans = [span for chunk in chunks for span in layout.spans(self._mesh.sequence.rank, chunk)]
-        rows = [[np.concatenate(x) for x in zip(*(w.read(*span) for span in spans), strict=True)] for w in windows]
-        tokens, labels = (torch.from_numpy(np.stack(column)).to(self._device) for column in zip(*rows, strict=True))
-        return Batch(tokens=tokens, labels=labels, layout=layout)
+        read = [_read_window(window, spans) for window in windows]
+        # Examples are numbered through the batch.
+        firsts = np.cumsum([0, *(window.num_examples for window in windows)])
+        for columns, first in zip(read, firsts, strict=False):
+            if "example" in columns:
+                columns["example"] = columns["example"] + first
+        stacked = {n: torch.from_numpy(np.stack([x[n] for x in read])).to(self._device) for n in read[0]}
+        tokens, labels = stacked.pop("tokens"), stacked.pop("labels")
+        return Batch(tokens=tokens, targets=Targets(labels, stacked, int(firsts[-1])), layout=layout)
+
+
+def _read_window(window: Window, spans: list[Span]) -> dict[str, np.ndarray]:
+    """Tokens, labels and other columns of some spans, one after another."""
+    parts = []
+    for begin, end in spans:
+        tokens, labels = window.read(begin, end)
+        parts.append({"tokens": tokens, "labels": labels} | window.columns(begin, end))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

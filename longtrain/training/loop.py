@@ -22,6 +22,7 @@ from longtrain.telemetry.records import LedgerLine, RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
+from longtrain.training.reference import ReferencedReader
 
 # Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -40,7 +41,7 @@ class _Done:
     """What one step gave, the same on all ranks."""
 
     loss: float
-    """Global mean, in nats per predicted token."""
+    """Global mean, in the objective's unit."""
     result: StepResult
     peak_memory_bytes: int
     stop: bool
@@ -57,7 +58,7 @@ class Loop:
     model: Model
     objective: Objective
     engine: ReplicatedEngine
-    reader: BatchReader
+    reader: BatchReader | ReferencedReader
     stream: Stream
     store: CheckpointStore
     records: RunRecords | None
@@ -89,10 +90,10 @@ class Loop:
         """One update on the batch at `position`."""
         batches = self.reader.read(position)
         stop = torch.tensor(float(self.listener.stop_requested()), dtype=torch.float64, device=self.device)
-        labelled = torch.stack([self.objective.count(batch.labels) for batch in batches]).sum()
-        sums = self.mesh.world.all_reduce(torch.stack([labelled, stop]))
+        counted = torch.stack([self.objective.count(batch.targets) for batch in batches]).sum()
+        sums = self.mesh.world.all_reduce(torch.stack([counted, stop]))
         count = sums[0].clamp(min=1)
-        losses = [self.stream.backward(batch.tokens, batch.labels, batch.layout, count) for batch in batches]
+        losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
         loss, memory = self._over_ranks(torch.stack(losses).sum() / count)

@@ -30,6 +30,8 @@ from longtrain.training.batch import BatchReader, BatchSizes, Cut
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop
+from longtrain.training.objective import check_columns, make_objective
+from longtrain.training.reference import ReferencedReader, load_reference
 from longtrain.training.resume import Start, identity, resume
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -63,7 +65,9 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
         listener.watch(mesh.journal)
         directory = make_run_directory(config)
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
-            corpus = open_corpus(config.data, registry, config.seed)
+            corpus = open_corpus(config.data, registry, config.seed, config.context_length)
+            objective = make_objective(config, registry)
+            check_columns(config, objective, corpus.columns)
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
@@ -75,9 +79,14 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             automatic = _automatic(config, choices, backend)
             start = resume(config, store, engine, corpus, records, automatic, event)
             if mesh.is_writer:
-                listener.event(_started(config, start, mesh, model, corpus, backend, choices))
-            objective = _objective(config, registry)
+                listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
+            batches = _reader(config, corpus, mesh, device)
+            reader: BatchReader | ReferencedReader = batches
+            if objective.reference is not None:
+                frozen = load_reference(objective.reference, config, corpus, store, registry, device)
+                streamed = Stream(frozen, handles, objective, config.stream, partial(engine.autocast, device))
+                reader = ReferencedReader(batches, streamed)
             end = Loop(
                 config=config,
                 mesh=mesh,
@@ -85,7 +94,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 model=model,
                 objective=objective,
                 engine=engine,
-                reader=_reader(config, corpus, mesh, device),
+                reader=reader,
                 stream=Stream(model, handles, objective, config.stream, partial(engine.autocast, device)),
                 store=store,
                 records=records,
@@ -104,8 +113,8 @@ def _pick_kernels(config: TrainingConfig, device: torch.device) -> Backend:
 
 
 def _started(
-    config: TrainingConfig, start: Start, mesh: Mesh, model: Model, corpus: Corpus, backend: Backend,
-    choices: Mapping[str, Choice],
+    config: TrainingConfig, start: Start, mesh: Mesh, model: Model, corpus: Corpus, objective: Objective,
+    backend: Backend, choices: Mapping[str, Choice],
 ) -> Started:  # fmt: skip
     return Started(
         step=start.step,
@@ -115,7 +124,7 @@ def _started(
         sequence_parallel_size=mesh.sequence.size,
         parameters=sum(p.numel() for p in model.parameters()),
         resumed_from=start.path,
-        unigram_entropy=corpus.unigram_entropy,
+        unigram_entropy=corpus.unigram_entropy if objective.unit == "nats/token" else None,
         run_directory=str(make_run_directory(config)),
         backend=backend.value,
         choices=tuple(f"{key}={choice}" for key, choice in choices.items() if choice.estimates),
@@ -125,12 +134,6 @@ def _started(
 def _reader(config: TrainingConfig, corpus: Corpus, mesh: Mesh, device: torch.device) -> BatchReader:
     sizes = BatchSizes(config.context_length, config.batch_size, config.micro_batch_size)
     return BatchReader(corpus, sizes, Cut(config.sequence_parallel.layout, config.stream.chunk_tokens), mesh, device)
-
-
-def _objective(config: TrainingConfig, registry: Registry) -> Objective:
-    module = registry.load("objectives", config.objective.name, ("Config", "Objective"))
-    objective: Objective = module.Objective(config.objective)
-    return objective
 
 
 def _automatic(config: TrainingConfig, choices: Mapping[str, Choice], backend: Backend) -> dict[str, str]:

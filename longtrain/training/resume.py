@@ -30,9 +30,11 @@ class Start:
 def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a checkpoint to be gone on from: the model, its mixers, the seed and the data.
 
-    Shapes alone do not tell: another window or rotary base fits the same tensors.
+    Shapes alone do not tell: another window or rotary base fits the same tensors. Examples are packed into sequences of
+    one length, whose number is where the run is.
     """
-    return {
+    packed = {"context_length": config.context_length} if corpus.columns else {}
+    return packed | {
         "seed": config.seed,
         "data": corpus.digest,
         "model": _plain(asdict(config.model)),
@@ -91,7 +93,7 @@ def resume(
 
 
 def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted: dict[str, Any]) -> None:
-    for key, trained, asked in _differences(found.metadata["identity"], wanted):
+    for key, trained, asked in differences(found.metadata["identity"], wanted):
         if key == "data":
             raise Refused(
                 f"{found.path} was trained on other data; use the data it was trained on, or another run.name"
@@ -113,11 +115,11 @@ def _other_choices(found: Found, automatic: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+def differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """Leaves that differ, as (dotted key, trained with, asked for)."""
     if isinstance(trained, dict) and isinstance(asked, dict):
         names = sorted(trained.keys() | asked.keys())
-        return [d for n in names for d in _differences(trained.get(n), asked.get(n), f"{key}.{n}" if key else n)]
+        return [d for n in names for d in differences(trained.get(n), asked.get(n), f"{key}.{n}" if key else n)]
     return [] if trained == asked else [(key, trained, asked)]
 
 

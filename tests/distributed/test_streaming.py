@@ -10,7 +10,7 @@ from longtrain.core.kinds import LayoutKind
 from tests.distributed.test_parity import ATTENDS, LAYOUTS, SCANS, algorithms
 from tests.harness.mixers import RECURRENT
 from tests.harness.ranks import RankPool
-from tests.harness.streaming import TOLERANCE, StreamCase, stream_error
+from tests.harness.streaming import TOLERANCE, StreamCase, log_prob_error, stream_error
 
 OFFLOADS: tuple[Literal["host", "none"], ...] = ("host", "none", "host")
 
@@ -56,3 +56,26 @@ def test_every_scan_in_blocks(rank_pool: Callable[[int], RankPool], scan: str) -
         for layout in LAYOUTS
     ]
     check(rank_pool(3), [*cases, StreamCase(block_layers=0, chunk_tokens=None, scan=scan)])
+
+
+@pytest.mark.parametrize("objective", ["dpo", "grpo"])
+def test_objectives_of_examples(rank_pool: Callable[[int], RankPool], objective: str) -> None:
+    """Chunks of 2 tokens leave ranks empty, which still take part in the sums."""
+    cuts = [(1, 11, "contiguous"), ("recurrent", 5, "zigzag"), ("all", 2, "contiguous"), (0, None, "zigzag")]
+    cases = [
+        StreamCase(block_layers=b, chunk_tokens=c, layout=layout, objective=objective, micro_batch_size=m)  # type: ignore[arg-type]
+        for (b, c, layout), m in zip(cuts, (3, 1, 2, 3), strict=True)
+    ]
+    check(rank_pool(2), [*cases, StreamCase(length=1, chunk_tokens=None, objective=objective)])
+
+
+def wrong_log_probs(cases: list[StreamCase], sequence_size: int) -> dict[StreamCase, float]:
+    """The cases whose error on this rank is beyond the tolerance."""
+    group = build_mesh(sequence_size).sequence
+    errors = {case: log_prob_error(case, group, algorithms(case.scan, case.attend)) for case in cases}
+    return {case: error for case, error in errors.items() if not error < TOLERANCE}
+
+
+def test_log_probabilities_without_gradients(rank_pool: Callable[[int], RankPool]) -> None:
+    cases = [StreamCase(block_layers=b, chunk_tokens=c, layout="zigzag") for b, c in ((2, 11), ("all", 2), (0, None))]  # type: ignore[arg-type]
+    assert rank_pool(2).run(wrong_log_probs, cases, 2, timeout=240) == [{}, {}]

@@ -38,12 +38,12 @@ SLEEPER = '''
     class Objective(next_token.Objective):
         steps = 0
 
-        def loss_sum(self, hidden, head, labels):
+        def sums(self, log_probs, targets):
             self.steps += 1
             if self.steps == 5 and os.environ["RANK"] == "1" and not Path("has-slept").exists():
                 Path("has-slept").touch()
                 time.sleep(3600)
-            return super().loss_sum(hidden, head, labels)
+            return super().sums(log_probs, targets)
 '''
 
 
@@ -135,7 +135,7 @@ def test_workers_that_hang_or_are_stopped_cost_nothing_and_are_named(
     assert [incident["kind"] for incident in incidents] == ["hang", "recovered", "silent", "recovered"]
     assert (slept["details"]["ranks"], slept["details"]["step"]) == ([1], 4)
     assert "holds up rank 0 in " in slept["message"]
-    assert "in loss_sum" in slept["details"]["traceback"]
+    assert "in sums" in slept["details"]["traceback"]
     assert stopped["details"]["ranks"] == [0]
     assert "not heard of" in stopped["message"]
     assert_same_bits(folder, undisturbed)

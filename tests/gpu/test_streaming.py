@@ -10,6 +10,7 @@ from torch import Tensor
 from longtrain.comm.group import Group
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
+from longtrain.core.targets import Targets
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
@@ -42,8 +43,9 @@ def streamed(model: Model, tokens: Tensor, config: StreamConfig) -> tuple[float,
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    count = OBJECTIVE.count(tokens)
-    loss = stream.backward(tokens, tokens.roll(-1, 1), layout, count) / count
+    targets = Targets(tokens.roll(-1, 1))
+    count = OBJECTIVE.count(targets)
+    loss = stream.backward(tokens, targets, layout, count) / count
     stream.deliver()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)

@@ -1,23 +1,24 @@
 """Gradients of a streamed step against plain backpropagation on one rank, in float64."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from longtrain.comm.group import Group
+from longtrain.core.contracts import Objective
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.labels import IGNORED_LABEL
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
+from longtrain.core.targets import Targets
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
-from longtrain.objectives import next_token
 from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, Handles, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
@@ -25,13 +26,13 @@ from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.stream import Stream
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import MIXERS
+from tests.harness.objectives import OBJECTIVES, make_targets, plain_loss, together
 
 TOLERANCE = 1e-10  # the project's bound; errors seen are near 1e-14
 HYBRID = ("simple_gla", "softmax", "gated_delta", "sliding_window", "softmax")
 VOCABULARY = 11
 SEQUENCES = 3
 LOCAL = Algorithms(scan=local.scan, attend=local.attend)
-OBJECTIVE = next_token.Objective(next_token.Config("next_token"))
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,19 @@ class StreamCase:
     attend: str = "ring"
     layout: LayoutKind = "contiguous"
     offload: Literal["none", "host"] = "none"
+    objective: str = "next_token"
+    """See `tests.harness.objectives`."""
 
 
 @dataclass(frozen=True)
 class Problem:
     """What is computed, and what comes out of plain backpropagation."""
 
+    objective: Objective
     model: Model
     tokens: Tensor
-    labels: Tensor
+    rows: list[Targets]
+    """Of each sequence alone."""
     count: Tensor
     starts: tuple[tuple[int, ...], ...]
     loss_sum: float
@@ -68,7 +73,13 @@ class Problem:
 
 @cache  # cuts of the same share it
 def problem(
-    pattern: tuple[str, ...], length: int, packed: bool, tied: bool, frozen: tuple[str, ...], device: str
+    pattern: tuple[str, ...],
+    length: int,
+    packed: bool,
+    tied: bool,
+    frozen: tuple[str, ...],
+    objective: str,
+    device: str,
 ) -> Problem:
     """Plain backpropagation of the whole batch."""
     config = ModelConfig(12, len(pattern), pattern, 16, tied, 1e-6, 0.5)
@@ -81,17 +92,18 @@ def problem(
     labels[0, length // 3 : length // 2], labels[-1, -1] = IGNORED_LABEL, IGNORED_LABEL
     starts = (*awkward_starts(length, (length // 2,)), (0,)) if packed else ((0,),) * SEQUENCES
     shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
+    rows = make_targets(objective, labels)
     logits = model.head(model(tokens, ShardedSequence(shard, LOCAL)))
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    count = OBJECTIVE.count(labels)
+    loss_sum, count = plain_loss(objective, logits, together(rows))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss_sum / count, list(trained.values()), materialize_grads=True)
-    return Problem(model, tokens, labels, count, starts, loss_sum.item(), dict(zip(trained, grads, strict=True)))
+    found = dict(zip(trained, grads, strict=True))
+    return Problem(OBJECTIVES[objective], model, tokens, rows, count, starts, loss_sum.item(), found)
 
 
 def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
     """Shared by cases that cut the same."""
-    return problem(case.pattern, case.length, case.packed, case.tied, case.frozen, device)
+    return problem(case.pattern, case.length, case.packed, case.tied, case.frozen, case.objective, device)
 
 
 def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, device: str = "cpu") -> float:
@@ -114,13 +126,19 @@ def stream_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's sum of losses and its gradients."""
     config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
-    stream = Stream(exact.model, Handles(chosen, group, device), OBJECTIVE, config, nullcontext)
+    stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext)
     losses = []
     for first in range(0, SEQUENCES, case.micro_batch_size):
         some = slice(first, first + case.micro_batch_size)
         layout = SequenceLayout(case.length, group.size, exact.starts[some], case.chunk_tokens, case.layout)
         index = torch.cat([shard.index for shard in stream_shards(layout, group, device)])
-        losses.append(stream.backward(exact.tokens[some][:, index], exact.labels[some][:, index], layout, exact.count))
+        targets = together(exact.rows[some])
+        own = replace(
+            targets,
+            labels=targets.labels[:, index],
+            columns={name: column[:, index] for name, column in targets.columns.items()},
+        )
+        losses.append(stream.backward(exact.tokens[some][:, index], own, layout, exact.count))
     stream.deliver()
     grads = {name: exact.model.get_parameter(name).grad for name in exact.grads}
     exact.model.zero_grad(set_to_none=True)
@@ -130,3 +148,38 @@ def stream_gradients(
 def stream_shards(layout: SequenceLayout, group: Group, device: torch.device) -> list[Shard]:
     """Of all chunks."""
     return [Shard(layout, group, device, chunk) for chunk in range(layout.num_chunks)]
+
+
+def log_prob_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL) -> float:
+    """Largest error of the log-probabilities of this rank's labels, in nats."""
+    exact, device = problem_of(case), torch.device("cpu")
+    whole = Shard(SequenceLayout(case.length, 1, exact.starts), Group(0, 1), device)
+    config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
+    stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext)
+    layout = SequenceLayout(case.length, group.size, exact.starts, case.chunk_tokens, case.layout)
+    index = torch.cat([shard.index for shard in stream_shards(layout, group, device)])
+    labels = together(exact.rows).labels
+    found = stream.log_probs(exact.tokens[:, index], labels[:, index], layout)
+    with torch.no_grad():
+        logits = exact.model.head(exact.model(exact.tokens, ShardedSequence(whole, LOCAL)))
+    want = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    want = torch.where(labels == IGNORED_LABEL, 0, want)[:, index]
+    assert found.shape == want.shape
+    return (found - want).abs().max().item() if want.numel() else 0.0
+
+
+@contextmanager
+def count_deliveries(exact: Problem) -> Iterator[dict[str, int]]:
+    """How often each parameter is given a gradient meanwhile."""
+    counts = dict.fromkeys(exact.grads, 0)
+
+    def count(name: str) -> None:
+        counts[name] += 1
+
+    hooks = [
+        exact.model.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: count(name))  # type: ignore[misc]
+        for name in counts
+    ]
+    yield counts
+    for hook in hooks:
+        hook.remove()

@@ -1,1 +1,1 @@
-"""Where documents come from, one file each: a module defines `Config` and `documents(config)`."""
+"""Where documents and examples come from, one file each; `longtrain.data.source` has the contract."""

@@ -73,7 +73,7 @@ def test_text_becomes_a_corpus(texts, cache, load_source, registry):
     calls = []
     folder = prepare(config, registry, lambda documents, tokens: calls.append((documents, tokens)))
     assert folder.parent == cache and folder.name.startswith("text-") and len(folder.name) == len("text-") + 12
-    corpus = open_corpus(config, registry, seed=0)
+    corpus = open_corpus(config, registry, 0, 64)
     expected = sorted((texts / f"{i}.txt").read_bytes() for i in range(20))
     assert (corpus.num_documents, corpus.vocab_size) == (20, 257)
     assert corpus.num_tokens == sum(map(len, expected)) + 20
@@ -107,7 +107,7 @@ def test_a_real_tokenizer_end_to_end(texts, tmp_path, load_source, registry, tra
     tokenizer = train_tokenizer(tmp_path / "tokenizer.json", ["<|endoftext|>"])
     config = load_source("text", path=texts, tokenizer=str(tokenizer), store=tmp_path / "store")
     prepare(config, registry)
-    corpus = open_corpus(config, registry, seed=1)
+    corpus = open_corpus(config, registry, 1, 64)
     tokens, labels = corpus.window(0, corpus.num_tokens).read(0, corpus.num_tokens)
     assert (tokens == 0).sum() == (labels == -100).sum() == 20
     assert tokens.max() < corpus.vocab_size
@@ -116,7 +116,7 @@ def test_a_real_tokenizer_end_to_end(texts, tmp_path, load_source, registry, tra
 def test_the_seed_orders_the_same_store(texts, load_source, registry):
     config = load_source("text", path=texts)
     prepare(config, registry)
-    first, second = (open_corpus(config, registry, seed) for seed in (0, 1))
+    first, second = (open_corpus(config, registry, seed, 64) for seed in (0, 1))
     assert first.digest == second.digest
     assert not np.array_equal(first.window(0, 500).read(0, 500)[0], second.window(0, 500).read(0, 500)[0])
 
@@ -124,16 +124,16 @@ def test_the_seed_orders_the_same_store(texts, load_source, registry):
 def test_opening_what_was_not_prepared(texts, tmp_path, load_source, registry):
     for config in (load_source("text", path=texts), load_source("text", path=texts, store=tmp_path / "store")):
         with pytest.raises(Refused, match=r"no token store at .*; run `longtrain prepare`"):
-            open_corpus(config, registry, 0)
+            open_corpus(config, registry, 0, 64)
 
 
 def test_a_named_store_serves_without_its_input(texts, tmp_path, load_source, registry):
     config = load_source("text", path=texts, store=tmp_path / "deep" / "store")
     folder = prepare(config, registry)
-    digest = open_corpus(config, registry, 0).digest
+    digest = open_corpus(config, registry, 0, 64).digest
     shutil.rmtree(texts)
-    assert open_corpus(config, registry, 0).digest == digest
-    assert open_corpus(load_source("text", store=folder), registry, 0).digest == digest  # data.path is null
+    assert open_corpus(config, registry, 0, 64).digest == digest
+    assert open_corpus(load_source("text", store=folder), registry, 0, 64).digest == digest  # data.path is null
     assert prepare(config, registry) == folder
 
 
@@ -148,7 +148,7 @@ def test_a_named_store_that_holds_something_else(texts, tmp_path, load_source, r
         "with another tokenizer": load_source("text", path=texts, tokenizer=tokenizer, store=store),
     }
     for difference, config in foreign.items():
-        for use in (prepare, lambda config, registry: open_corpus(config, registry, 0)):
+        for use in (prepare, lambda config, registry: open_corpus(config, registry, 0, 64)):
             with pytest.raises(
                 Refused, match=f"was prepared {difference}.*; set data.store to another folder, or delete"
             ):
@@ -178,7 +178,7 @@ def test_a_damaged_store_is_not_reused(texts, tmp_path, load_source, registry):
     config = load_source("text", path=texts, store=tmp_path / "store")
     folder = prepare(config, registry)
     os.truncate(folder / "tokens-00000.arrow", 100)
-    for use in (prepare, lambda config, registry: open_corpus(config, registry, 0)):
+    for use in (prepare, lambda config, registry: open_corpus(config, registry, 0, 64)):
         with pytest.raises(CorruptData, match=f"delete {folder} and run `longtrain prepare`"):
             use(config, registry)
 
@@ -217,7 +217,7 @@ def test_a_source_from_a_plugin_folder(tmp_path, load_source):
     registry = Registry((tmp_path / "plugin",))
     config = registry.load("data.sources", "toy").Config("toy", "bytes", None, None, words=3)
     assert prepare(config, registry) == prepare(config, registry)
-    assert open_corpus(config, registry, 0).num_tokens == 16
+    assert open_corpus(config, registry, 0, 64).num_tokens == 16
 
 
 # The calls that make a store durable and visible, and the reading before them: a build is killed at each.
@@ -249,12 +249,12 @@ def test_a_killed_build_leaves_nothing_half_visible(tmp_path, load_source, regis
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         if store.exists():  # killed behind the rename: the store must be whole
-            open_corpus(config, registry, 0)
+            open_corpus(config, registry, 0, 64)
             shutil.rmtree(store)
     prepare(config, registry)
     assert (
-        open_corpus(config, registry, 0).digest
-        == open_corpus(load_source("jsonl", path=path, store=tmp_path / "whole"), registry, 0).digest
+        open_corpus(config, registry, 0, 64).digest
+        == open_corpus(load_source("jsonl", path=path, store=tmp_path / "whole"), registry, 0, 64).digest
     )
     assert not _left(tmp_path)
 
@@ -298,7 +298,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 def test_the_standard_library_is_prepared_in_seconds(load_source, registry):
     config = load_source("python_stdlib")
     prepare(config, registry)
-    corpus = open_corpus(config, registry, 0)
+    corpus = open_corpus(config, registry, 0, 64)
     assert corpus.num_tokens > 5_000_000 and corpus.num_documents > 300
     # English-like bytes; uniform bytes would have log(257) = 5.55 nats.
     assert 2.5 < corpus.unigram_entropy < 4.0

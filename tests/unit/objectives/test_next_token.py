@@ -1,24 +1,34 @@
 """The loss of next-token prediction."""
 
-import torch
+from contextlib import nullcontext
 
+import torch
+from torch import nn
+
+from longtrain.core.targets import Targets
 from longtrain.objectives import next_token
+from longtrain.streaming.head import Head
+from longtrain.streaming.sums import GradientSums
+
+OBJECTIVE = next_token.Objective(next_token.Config("next_token"))
 
 
 def test_masked_tokens_neither_count_nor_cost() -> None:
     torch.manual_seed(0)
-    logits, labels = torch.randn(37, 50, dtype=torch.float64), torch.randint(50, (37,))
+    labels = torch.randint(50, (37,))
     labels[3:9] = -100
-    objective = next_token.Objective(next_token.Config("next_token"))
-    kept = labels != -100
-    want = -logits.log_softmax(-1)[kept].gather(1, labels[kept, None]).sum()
-    torch.testing.assert_close(objective.loss_sum(logits, labels), want)
-    assert objective.count(labels).item() == 31
+    log_probs = torch.where(labels == -100, 0, -torch.rand(37, dtype=torch.float64))
+    torch.testing.assert_close(OBJECTIVE.sums(log_probs, Targets(labels)), -log_probs[labels != -100].sum())
+    assert OBJECTIVE.count(Targets(labels)).item() == 31
 
 
 def test_logits_in_halves_are_scored_in_float32() -> None:
-    logits = torch.randn(5, 50).bfloat16()
-    objective = next_token.Objective(next_token.Config("next_token"))
-    loss = objective.loss_sum(logits, torch.arange(5))
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, objective.loss_sum(logits.float(), torch.arange(5)))
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.norm, model.head = nn.Identity(), nn.Linear(8, 50).bfloat16()
+    head = Head(model, OBJECTIVE, 3, GradientSums([]), nullcontext)  # type: ignore[arg-type]
+    hidden, labels = torch.randn(1, 5, 8).bfloat16(), torch.arange(5)[None]
+    logits = model.head(hidden)[0].double()
+    want = -logits.log_softmax(-1)[labels[0], labels[0]].sum()
+    # Rounding of float32; log-probabilities in halves are wrong by 1e-2.
+    torch.testing.assert_close(head.sums(hidden, Targets(labels)), want, rtol=1e-6, atol=0)

@@ -11,7 +11,15 @@ from longtrain.streaming.blocks import cut
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.sums import GradientSums
 from tests.harness.mixers import MIXERS
-from tests.harness.streaming import LOCAL, TOLERANCE, StreamCase, problem_of, stream_error, stream_gradients
+from tests.harness.streaming import (
+    LOCAL,
+    TOLERANCE,
+    StreamCase,
+    count_deliveries,
+    problem_of,
+    stream_error,
+    stream_gradients,
+)
 
 ALONE = Group(0, 1)
 Blocks = int | Literal["recurrent", "all"]
@@ -74,18 +82,8 @@ def test_frozen_parameters(block_layers: Blocks, frozen: tuple[str, ...]) -> Non
 def test_every_parameter_is_handed_over_once_a_step(block_layers: Blocks) -> None:
     case = StreamCase(block_layers=block_layers, chunk_tokens=3, tied=True, micro_batch_size=1)
     exact = problem_of(case)
-    counts: dict[str, int] = dict.fromkeys(exact.grads, 0)
-
-    def count(name: str) -> None:
-        counts[name] += 1
-
-    hooks = [
-        exact.model.get_parameter(name).register_post_accumulate_grad_hook(lambda _, name=name: count(name))  # type: ignore[misc]
-        for name in counts
-    ]
-    stream_gradients(case, exact, ALONE, LOCAL, torch.device("cpu"))
-    for hook in hooks:
-        hook.remove()
+    with count_deliveries(exact) as counts:
+        stream_gradients(case, exact, ALONE, LOCAL, torch.device("cpu"))
     assert set(counts.values()) == {1}
 
 

@@ -81,7 +81,7 @@ def test_every_sequence_states_the_backend() -> None:
 
 
 def test_a_checkpoint_is_gone_on_from_with_another_backend() -> None:
-    corpus: Any = SimpleNamespace(digest="d")
+    corpus: Any = SimpleNamespace(digest="d", columns=())
     first, other = (identity(resolve([f"mixer.backend={name}"]).config, corpus) for name in ("chunked", "reference"))
     assert first == other
     assert list(first["mixer"]) == ["simple_gla", "softmax"]

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 def read(folder: Path, sizes: BatchSizes, cut: Cut, rank: int, ranks: int) -> list[torch.Tensor]:
     """Tokens of this rank's batches."""
-    corpus = open_corpus(tiny_config(folder).data, Registry(), seed=0)
+    corpus = open_corpus(tiny_config(folder).data, Registry(), 0, sizes.context_length)
     sequence = Group(rank, ranks)
     mesh = Mesh(world=sequence, data=Group(0, 1), sequence=sequence, journal=Journal())
     return [batch.tokens for batch in BatchReader(corpus, sizes, cut, mesh, CPU).read(0)]

@@ -10,3 +10,10 @@ class Config:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: str
+
+
+class Objective:
+    columns = ()
+
+    def __init__(self, config: Config) -> None:
+        self.config = config

@@ -1,0 +1,58 @@
+"""`longtrain train objective=dpo data=preference` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.harness.cli import SMALL, refuse, run
+
+UNIFORM = -5.55
+"""What a token's log-probability is, nearly, under a new model of 257 tokens."""
+
+
+def write_pairs(path: Path) -> None:
+    rows = []
+    for number in range(60):
+        good, bad = "a" * (1 + number % 5), "b" * (1 + number % 7)
+        references = {"reference_chosen": UNIFORM * (1 + len(good)), "reference_rejected": UNIFORM * (1 + len(bad))}
+        rows.append({"prompt": f"{number}: ", "chosen": good, "rejected": bad} | references)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_loss_on_preferences_falls_on_two_ranks_with_chunks_of_time(tmp_path: Path) -> None:
+    write_pairs(tmp_path / "pairs.jsonl")
+    settings = ("objective=dpo", "data=preference", "data.path=pairs.jsonl", "steps=20", "optimizer.warmup_steps=2")
+    cut = ("sequence_parallel.size=2", "stream.chunk_tokens=100", "stream.block_layers=recurrent")
+    code, _, said = run(tmp_path, "train", *SMALL, *settings, *cut, "optimizer.learning_rate=1e-2")
+    assert code == 0, said
+    assert "nats/pair" in said and "unigram" not in said
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["objective=dpo"], ["objective=dpo needs the column", "data=python_stdlib does not have", "data=preference"]),
+        (["objective=grpo", "data=preference"], ["objective=grpo", "'advantage'", "use data=rollouts"]),
+        (
+            ["objective=dpo", "data=preference", "objective.reference=no/where"],
+            ["no/where does not exist"],
+        ),
+        (["objective=grpo", "data=rollouts", "objective.reference=."], ["does nothing with kl_coefficient=0"]),
+        (["data=preference"], ["objective=next_token does not read the column 'side' of data=preference"]),
+    ],
+)
+def test_objectives_and_data_that_do_not_go_together(tmp_path: Path, settings: list[str], words: list[str]) -> None:
+    line = refuse(tmp_path, "train", *settings)
+    assert all(word in line for word in words), line
+    assert list(tmp_path.iterdir()) == [], "nothing was started"
+
+
+def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: Path) -> None:
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    line = refuse(tmp_path, "train", "objective=dpo", "data=preference", "data.path=pairs.jsonl")
+    assert "needs 'reference_log_probs', which the rows of data=preference do not give" in line
+    assert not (tmp_path / "runs").exists()
