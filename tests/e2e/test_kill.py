@@ -38,12 +38,12 @@ SLEEPER = '''
     class Objective(next_token.Objective):
         steps = 0
 
-        def loss_sum(self, hidden, head, labels):
+        def loss_sum(self, logits, labels):
             self.steps += 1
             if self.steps == 5 and os.environ["RANK"] == "1" and not Path("has-slept").exists():
                 Path("has-slept").touch()
                 time.sleep(3600)
-            return super().loss_sum(hidden, head, labels)
+            return super().loss_sum(logits, labels)
 '''
 
 

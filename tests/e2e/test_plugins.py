@@ -104,8 +104,8 @@ FILES = {
 
 
         class Objective(next_token.Objective):
-            def loss_sum(self, hidden, head, labels):
-                return self.config.factor * super().loss_sum(hidden, head, labels)
+            def loss_sum(self, logits, labels):
+                return self.config.factor * super().loss_sum(logits, labels)
     ''',
     "conf/mixer/running_sum.yaml": "value_dim: 16\n",
     "conf/objective/half.yaml": "name: half\nfactor: 0.5\n",
