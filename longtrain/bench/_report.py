@@ -14,8 +14,12 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import BeforeValidator
 
 from longtrain.core.errors import Refused
+
+OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
+"""Of an option that takes a list, or one value."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,18 @@ class Options:
 
     out: Path | None = None
     """JSON file for the results; None: the screen only."""
+
+
+def pick_device(asked: str | None) -> torch.device:
+    """cuda or cpu; None: CUDA where there is a GPU. Raises Refused for one that is not there."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise Refused("device=cuda: there is no GPU here; leave it out or write device=cpu")
+    return torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message, cut to what a table holds."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 class Report:

@@ -1,18 +1,16 @@
 """The rows of `longtrain bench sequence-parallel` on the screen, each as soon as it is measured."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
+from longtrain.bench._rows import print_head, print_row, wide_console
 from longtrain.bench._sequence_parallel_cases import Plan
 from longtrain.bench._sequence_parallel_projection import RANKS
 from longtrain.comm.links import Link
 from longtrain.core.units import format_token_count
 
-# Header and width of each column; fixed, so that a row can be printed before the next one is known.
 COLUMNS = (
     ("operation", 17),
     ("by", 17),
@@ -36,9 +34,7 @@ class Table:
     """Prints to the standard output; as wide as its columns need where that is not a terminal."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        if not self._console.is_terminal:
-            self._console.width = sum(width + 2 for _, width in COLUMNS)
+        self._console = wide_console(COLUMNS)
 
     def head(self, machine: dict[str, Any], plan: Plan, peers: dict[str, dict[str, str | None]]) -> None:
         """What is measured, and where."""
@@ -57,7 +53,7 @@ class Table:
             for n, link in zip(names, links, strict=True)
         ]
         self._console.print(f"links: {', '.join(parts)}, of each rank")
-        self._print((Text(name, style="bold") for name, _ in COLUMNS), COLUMNS, LEFT)
+        print_head(self._console, COLUMNS, LEFT)
 
     def row(self, row: dict[str, Any]) -> None:
         """One row, as it is in the JSON file."""
@@ -70,7 +66,7 @@ class Table:
             format_token_count(row["tokens"]),
         ]
         if row["status"] != "ok":
-            self._print(map(Text, begin), COLUMNS, LEFT)
+            print_row(self._console, begin, COLUMNS, LEFT)
             style = "yellow" if row["peer"] else "bold red"
             self._console.print(Text(f"    {row['status'].upper()} {row['detail']}", style=style))
             return
@@ -84,7 +80,7 @@ class Table:
             f"{max(row['sent_bytes']) / 2**20:.4g}" if ours else "",
             f"{row['exposed_ms']:.3f}" if ours else "",
         ]
-        self._print(map(Text, [*begin, *figures]), COLUMNS, LEFT)
+        print_row(self._console, [*begin, *figures], COLUMNS, LEFT)
 
     def projection(self, rows: Sequence[dict[str, Any]], heads: int, width: int, blocks: int) -> None:
         """A scan's forward exchange on more ranks."""
@@ -94,18 +90,11 @@ class Table:
             f"\nprojected ms of one scan's forward exchange, {heads} heads of {width}, pipeline in {blocks} blocks; "
             "nothing hides it, one link for each rank:"
         )
-        self._print((Text(name, style="bold") for name, _ in PROJECTION), PROJECTION, 3)
+        print_head(self._console, PROJECTION, 3)
         for row in rows:
             begin = [row["operation"], row["algorithm"], row["link"], f"{row['bytes'] / 2**10:.4g}"]
             times = [f"{row['milliseconds'][ranks]:.3f}" for ranks in RANKS]
-            self._print(map(Text, [*begin, *times]), PROJECTION, 3)
-
-    def _print(self, cells: Iterable[Text], columns: Sequence[tuple[str, int]], left: int) -> None:
-        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for position, (_, width) in enumerate(columns):
-            table.add_column(width=width, no_wrap=True, justify="left" if position < left else "right")
-        table.add_row(*cells)
-        self._console.print(table)
+            print_row(self._console, [*begin, *times], PROJECTION, 3)
 
 
 def _wide(plan: Plan) -> int:

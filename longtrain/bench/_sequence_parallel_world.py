@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from longtrain.bench._report import one_line
 from longtrain.bench._timing import CACHE_FLUSH_BYTES, MOST_REPEATS, PAUSE_CYCLES_PER_SECOND
 from longtrain.comm.group import Group
 from longtrain.comm.links import Link, fitted
@@ -201,8 +202,3 @@ def links_of(found: dict[str, Any]) -> tuple[Link, Link]:
     names = ("all_gather", "point_to_point")
     collective, pair = (Link(found[name]["latency"], found[name]["bandwidth"]) for name in names)
     return collective, pair
-
-
-def one_line(error: BaseException) -> str:
-    """An error as a cell of a table."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtrain.bench._gate import BOUNDS, relative_error
+from longtrain.bench._report import one_line
 from longtrain.bench._stream_modes import PLAIN, Mode
 from longtrain.bench._stream_step import Workload, free, is_out_of_memory, make_handles
 from longtrain.core.errors import Refused
@@ -111,8 +112,3 @@ def _found(workload: Workload, mode: Mode, tokens: int, chunk_tokens: int, logit
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found | {"loss": torch.tensor(loss, dtype=torch.float64, device=workload.device)}
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and message, cut to what a table holds."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

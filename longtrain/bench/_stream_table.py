@@ -1,19 +1,17 @@
 """The rows of `longtrain bench stream` on the screen, each as soon as it is measured."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
+from longtrain.bench._rows import print_head, print_row, wide_console
 from longtrain.bench._stream_gate import Verdict
 from longtrain.bench._stream_modes import CHECKPOINTING, PLAIN
 from longtrain.bench._stream_step import Workload
 from longtrain.core.units import format_token_count
 
-# Header and width of each column; fixed, so that a row can be printed before the next one is known.
 TIMES = (("mode", 35), ("tokens", 7), ("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
 MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("bytes/token", 12))
 FITS = (("mode", 35), ("bytes/token", 12), ("at 0, GiB", 10), ("longest", 12), ("host GiB then", 14))
@@ -25,9 +23,7 @@ class Table:
 
     def __init__(self, cuda: bool) -> None:
         self._columns = (*TIMES, *MEMORY) if cuda else TIMES
-        self._console = Console(highlight=False)
-        if not self._console.is_terminal:
-            self._console.width = sum(width + 2 for _, width in (*TIMES, *MEMORY))
+        self._console = wide_console((*TIMES, *MEMORY))
 
     def head(self, machine: dict[str, Any], settings: dict[str, Any], workload: Workload) -> None:
         """What is measured, and where."""
@@ -58,13 +54,13 @@ class Table:
 
     def rows(self) -> None:
         """The head of the rows."""
-        self._print((Text(name, style="bold") for name, _ in self._columns), self._columns, 2)
+        print_head(self._console, self._columns, 2)
 
     def row(self, row: dict[str, Any]) -> None:
         """One row, as it is in the JSON file."""
         begin = [row["mode"], format_token_count(row["tokens"])]
         if row["status"] != "ok":
-            self._print(map(Text, begin), self._columns, 2)
+            print_row(self._console, begin, self._columns, 2)
             style = "yellow" if row["status"] == "out of memory" else "bold red"
             self._console.print(Text(f"    {row['status'].upper()} {row['detail']}", style=style))
             return
@@ -78,7 +74,7 @@ class Table:
             _number(row["host_bytes"], GIB, ".2f"),
             _number(row["bytes_per_token"], 1, ",.0f"),
         ]
-        self._print(map(Text, [*begin, *figures[: len(self._columns) - 2]]), self._columns, 2)
+        print_row(self._console, [*begin, *figures[: len(self._columns) - 2]], self._columns, 2)
 
     def fits(self, fits: Sequence[dict[str, Any]], memory_bytes: int) -> None:
         """Where the rows lead to."""
@@ -86,7 +82,7 @@ class Table:
             f"\nleast squares over the longer half of each mode's lengths, and the longest context in "
             f"{memory_bytes / GIB:.4g} GiB that they lead to (an extrapolation):"
         )
-        self._print((Text(name, style="bold") for name, _ in FITS), FITS, 1)
+        print_head(self._console, FITS, 1)
         for found in fits:
             cells = [
                 found["mode"],
@@ -95,14 +91,7 @@ class Table:
                 spell_longest(found["longest_tokens"]),
                 _number(found["host_bytes_then"], GIB, ".1f"),
             ]
-            self._print(map(Text, cells), FITS, 1)
-
-    def _print(self, cells: Iterable[Text], columns: Sequence[tuple[str, int]], left: int) -> None:
-        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for position, (_, width) in enumerate(columns):
-            table.add_column(width=width, no_wrap=True, justify="left" if position < left else "right")
-        table.add_row(*cells)
-        self._console.print(table)
+            print_row(self._console, cells, FITS, 1)
 
 
 def spell_longest(tokens: float | None) -> str:

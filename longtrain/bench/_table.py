@@ -3,14 +3,12 @@
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table as RichTable
 from rich.text import Text
 
+from longtrain.bench._rows import print_head, print_row, wide_console
 from longtrain.bench._timing import Ceilings
 from longtrain.core.units import format_token_count
 
-# Header and width of each column; fixed, so that a row can be printed before the next one is known.
 COLUMNS = (
     ("operation", 11),
     ("shape", 16),
@@ -23,15 +21,14 @@ COLUMNS = (
     ("MiB", 8),
     ("vs peer", 8),
 )
+LEFT = 4  # columns of words
 
 
 class Table:
     """Prints to the standard output; as wide as its columns need where that is not a terminal."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        if not self._console.is_terminal:
-            self._console.width = sum(width + 2 for _, width in COLUMNS)
+        self._console = wide_console(COLUMNS)
 
     def head(self, machine: dict[str, Any], ceilings: Ceilings, dtype: torch.dtype) -> None:
         """What the rows are measured on and against, and the columns' names."""
@@ -41,7 +38,7 @@ class Table:
         self._console.print(f"matrix product {ceilings.matmul_tflops:.4g} TFLOP/s ({ceilings.matmul})")
         self._console.print(f"copy {copy:.3g} TB/s ({size:.3g} GiB, reads and writes counted)")
         self._console.print(f"inputs {str(dtype).removeprefix('torch.')}; shape: sequences x tokens x heads x width")
-        self._print(Text(name, style="bold") for name, _ in COLUMNS)
+        print_head(self._console, COLUMNS, LEFT)
 
     def row(self, row: dict[str, Any]) -> None:
         """One row, as it is in the JSON file."""
@@ -54,7 +51,7 @@ class Table:
         ]
         if row["status"] != "ok":
             style = "bold red" if row["ours"] else "yellow"
-            self._print(map(Text, begin))
+            print_row(self._console, begin, COLUMNS, LEFT)
             self._console.print(Text(f"    {row['status'].upper()} {row['detail']}", style=style))
             return
         memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
@@ -67,11 +64,4 @@ class Table:
             memory,
             f"{row['speedup']:.2f}x" if "speedup" in row else "",
         ]
-        self._print(map(Text, [*begin, *figures]))
-
-    def _print(self, cells: Any) -> None:
-        table = RichTable(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for position, (_, width) in enumerate(COLUMNS):
-            table.add_column(width=width, no_wrap=True, justify="left" if position < 4 else "right")
-        table.add_row(*cells)
-        self._console.print(table)
+        print_row(self._console, [*begin, *figures], COLUMNS, LEFT)

@@ -17,7 +17,7 @@ from torch import Tensor
 from longtrain.bench._gate import BOUNDS, errors
 from longtrain.bench._operations import OPERATIONS, Call, Operation, Shape, leaves, whole
 from longtrain.bench._peers import peers
-from longtrain.bench._report import Options, Report
+from longtrain.bench._report import Options, Report, one_line, pick_device
 from longtrain.bench._table import Table
 from longtrain.bench._timing import Ceilings, Timing, measure, measure_ceilings
 from longtrain.core.errors import Refused
@@ -111,9 +111,7 @@ def run(config: Config, operations: Mapping[str, Operation] = OPERATIONS) -> int
 
     Raises Refused for a device that is not there and for a file that cannot be written.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("device=cuda: there is no GPU here; leave it out or write device=cpu")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     if device.type == "cpu" and Backend.TRITON in (config.backends or ()):
         raise Refused("backends: triton runs on GPUs, not on the CPU; leave it out")
     dtype = getattr(torch, config.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -158,7 +156,7 @@ def _verdict(call: Call, operation: Operation, width: int, setting: _Setting, ou
     try:
         found = errors(call, operation, width, setting.dtype, setting.device, ours)
     except Exception as error:  # whatever an implementation or another version of a peer raises is a result
-        return {"status": "error", "detail": _one_line(error), "errors": {}}
+        return {"status": "error", "detail": one_line(error), "errors": {}}
     worst = max(found, key=lambda name: math.inf if math.isnan(found[name]) else found[name])
     if found[worst] <= bound:
         return {"status": "ok", "detail": "", "errors": found}
@@ -195,7 +193,7 @@ def _rows(
         if setting.config.direction == "both":
             yield verdict | _figures("both", both, moved_both, flops[1], setting)
     except Exception as error:  # out of memory, mostly
-        yield verdict | {"status": "error", "detail": _one_line(error)}
+        yield verdict | {"status": "error", "detail": one_line(error)}
 
 
 def _figures(direction: str, call: Callable[[], object], moved: int, flops: float, setting: _Setting) -> dict[str, Any]:
@@ -223,7 +221,3 @@ def _compare(row: dict[str, Any], fastest: dict[str, float], ours: bool) -> None
         fastest[direction] = min(median, fastest.get(direction, math.inf))
     elif direction in fastest:
         row["speedup"] = fastest[direction] / median
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain.bench._associations import TOKENS_PER_PAIR, Batch, associations
-from longtrain.bench._report import Options, Report
+from longtrain.bench._report import OneOrMore, Options, Report, pick_device
+from longtrain.bench._rows import print_head, print_row
 from longtrain.cluster.resolve import ResolvedJob, resolve
 from longtrain.comm.group import Group
 from longtrain.core.errors import Refused
@@ -41,7 +41,6 @@ from longtrain_kernels.backend import Backend
 EVALUATION_BATCHES = 4
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
-OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
 
 
 @dataclass(frozen=True)
@@ -98,23 +97,23 @@ def run(config: Config) -> int:
     Raises Refused for a device that is not there, an unknown mixer, sizes that do not fit, and a file that cannot be
     written.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("device=cuda: there is no GPU here; leave it out or write device=cpu")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     if config.backend is Backend.TRITON and device.type == "cpu":
         raise Refused("backend=triton runs on GPUs, not on device=cpu; leave it out")
     task, names = choose_task(config, device), _names(config)
     report, console = Report("recall", config, device), Console(highlight=False)
     report.set("task", asdict(task) | {"precision": _precision(config, device)})
     console.print(f"accuracy after {task.steps} steps; chance is {1 / (task.vocabulary - task.vocabulary // 2):.1%}")
-    _print(console, ["mixer", "state", *(f"{n} pairs" for n in task.pairs), "best rate", "seconds"], "bold")
+    titles = ["mixer", "state", *(f"{n} pairs" for n in task.pairs), "best rate", "seconds"]
+    columns = [(name, 9 if position else 18) for position, name in enumerate(titles)]
+    print_head(console, columns, 1)
     failed = False
     for name in names:
         with console.status(f"training {name}"):
             row = measure(name, task, config, device)
         report.add(row)
         if row["status"] == "ok":
-            _print(console, _cells(row, task))
+            print_row(console, _cells(row, task), columns, 1)
         else:
             failed = True
             console.print(Text(f"{name} FAILED {row['detail']}", style="bold red"))
@@ -234,12 +233,3 @@ def _cells(row: dict[str, Any], task: Task) -> list[str]:
     state = "tokens" if row["state"] is None else f"{row['state']:,}"
     accuracy = [f"{row['accuracy'][n]:.1%}" for n in task.pairs]
     return [row["mixer"], state, *accuracy, f"{row['learning_rate']:g}", f"{row['seconds']:.0f}"]
-
-
-def _print(console: Console, cells: list[str], style: str | None = None) -> None:
-    """One row; columns have fixed widths, so that it can be printed before the next is known."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for position in range(len(cells)):
-        table.add_column(width=9 if position else 18, no_wrap=True, justify="right" if position else "left")
-    table.add_row(*(Text(cell, style=style or "") for cell in cells))
-    console.print(table)

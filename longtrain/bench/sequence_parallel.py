@@ -24,10 +24,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.multiprocessing
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from longtrain.bench._report import Options, Report
+from longtrain.bench._report import OneOrMore, Options, Report
 from longtrain.bench._sequence_parallel_cases import Candidate, Case, Kind, Plan, Scaling, operation_cases
 from longtrain.bench._sequence_parallel_peers import candidates, inventory
 from longtrain.bench._sequence_parallel_problems import SCANS, is_recurrent, layer_of
@@ -44,7 +44,6 @@ from longtrain.core.registry import Registry, did_you_mean
 from longtrain.core.units import TokenCount
 from longtrain.sequence_parallel.scan.pipeline import BLOCKS
 
-OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
 Names = Annotated[tuple[str, ...], OneOrMore]
 POLL_SECONDS = 0.1
 

@@ -23,11 +23,11 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
-from longtrain.bench._report import Options, Report
+from longtrain.bench._report import OneOrMore, Options, Report, one_line, pick_device
 from longtrain.bench._stream_fit import fit, slope
-from longtrain.bench._stream_gate import judge, one_line
+from longtrain.bench._stream_gate import judge
 from longtrain.bench._stream_modes import CHECKPOINTING, MODES, Mode, parse_mode
 from longtrain.bench._stream_step import Precision, Workload, free, is_out_of_memory, make_workload, measure
 from longtrain.bench._stream_table import Table
@@ -37,7 +37,6 @@ from longtrain.core.registry import Registry
 from longtrain.core.units import TokenCount
 
 GATE_TOKENS = 2048
-OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
 
 
 def _modes(value: Any) -> tuple[str, ...]:
@@ -112,7 +111,7 @@ def run(config: Config, step: Step = step) -> int:
     Raises Refused for a device that is not there, an unknown model, a mode that the device does not have, a length at
     which the gate does not fit, and a file that cannot be written.
     """
-    device, modes = _pick_device(config), [parse_mode(name) for name in config.modes]
+    device, modes = pick_device(config.device), [parse_mode(name) for name in config.modes]
     if device.type == "cpu" and any(mode.offload == "host" for mode in modes):
         raise Refused("modes: on a CPU everything is in the host's memory; leave -offload out")
     sizes = choose_sizes(config, device)
@@ -231,9 +230,3 @@ def _gate(
     free()
     wrong = {verdict.mode for verdict in verdicts if verdict.status != "ok"}
     return [mode for mode in modes if mode.name not in wrong]
-
-
-def _pick_device(config: Config) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise Refused("device=cuda: there is no GPU here; leave it out or write device=cpu")
-    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))

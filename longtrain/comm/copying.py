@@ -79,6 +79,8 @@ class Lanes:
             try:
                 self._lanes[lane] = _Lane.open(self.rank, self.size, self.handle, stream, most_bytes)
             except RuntimeError as error:  # such as containers of one machine that share no memory
+                if isinstance(error, dist.DistError):  # a rank that is late or gone: another start may do better
+                    raise
                 reason = str(error).strip().splitlines()[0]
                 raise Refused(
                     f"sequence_parallel.copy_engines=true: GPUs cannot share {most_bytes:,} bytes ({reason}); "

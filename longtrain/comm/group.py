@@ -219,7 +219,8 @@ class Group:
         peers = sorted({peer for peer, tensor in (*sends, *receives) if tensor.numel()})
         with self._inside("exchange", peers):
             works = dist.batch_isend_irecv(operations)
-        return Pending(result, works, [tensor for _, tensor in sent], None, lambda: self._inside("exchange", peers))
+        tensors = [tensor for _, tensor in sent]
+        return Pending(result, works, tensors, inside=lambda: self._inside("exchange", peers))
 
     def shift(
         self, tensors: Sequence[Tensor], rows: Sequence[int], by: int = 1, lane: str = "", most_rows: int = 0
@@ -243,7 +244,7 @@ class Group:
         peers = sorted({to, source})
         with self._inside("shift"):  # as a collective: all ranks shift alike, and the host does not wait here
             received, done = self._lanes.shift(lane, sent, come, by, most)
-        return Pending(received, (), sent, done, lambda: self._inside("shift", peers))
+        return Pending(received, sent=sent, done=done, inside=lambda: self._inside("shift", peers))
 
     @property
     def lane_bytes(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import Mesh
 from longtrain.core.contracts import Objective
-from longtrain.core.errors import Diverged
+from longtrain.core.errors import Diverged, Refused
 from longtrain.engine.replicated import ReplicatedEngine, StepResult
 from longtrain.model.model import Model
 from longtrain.streaming.stream import Stream
@@ -77,7 +77,10 @@ class Loop:
             self.listener.phase("step", step)
             begun = time.perf_counter()
             batch_tokens = self.reader.tokens_per_step
-            done = self._step(step, tokens)
+            try:
+                done = self._step(step, tokens)
+            except torch.OutOfMemoryError as error:
+                raise Refused(_does_not_fit(step, error)) from error
             step, tokens = step + 1, tokens + batch_tokens
             self._record(step, tokens, done, time.perf_counter() - begun)
             if done.stop or step == self.config.steps or step % self.config.checkpoint.every_steps == 0:
@@ -171,6 +174,15 @@ class Loop:
             return None
         flops = self.model.flops_per_token(self.config.context_length / 2)
         return tokens_per_second * flops / (peak * self.mesh.world.size)
+
+
+def _does_not_fit(step: int, error: torch.OutOfMemoryError) -> str:
+    reason = str(error).strip().split(". ")[0]
+    return (
+        f"step {step + 1}: {reason}; cut time (stream.chunk_tokens=16k or less), keep less (stream.block_layers=1), "
+        "share sequences among more GPUs (sequence_parallel.size), or set micro_batch_size=1; the same command goes on "
+        "from the last checkpoint"
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -148,7 +148,7 @@ def test_a_real_limit_on_the_file_size_of_one_rank(tmp_path: Path, rank_pool: Po
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_killed_at_any_point(tmp_path: Path, victim: int) -> None:
-    """The other rank ends too (its connection breaks), and what is there is complete."""
+    """The other rank ends too (its connection breaks, or its wait ends), and what is there is complete."""
     seen = set()
     for index in range(100):
         point = crash.Point(index, "before")

@@ -7,6 +7,7 @@ for point in points(calls):
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 CALLS = ("mkdir", "open", "write", "ftruncate", "fsync", "close", "rename", "unlink", "rmdir")
-_WAIT_SECONDS = 60
+_WAIT_SECONDS = 30
+_EXCHANGE_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,11 @@ def fork_ranks(actions: Sequence[Callable[[], Any]]) -> list[int]:
 
         def rank(number: int) -> None:
             dist.init_process_group(
-                "gloo", init_method=f"file://{Path(folder, 'store')}", rank=number, world_size=len(actions)
+                "gloo",
+                init_method=f"file://{Path(folder, 'store')}",
+                rank=number,
+                world_size=len(actions),
+                timeout=_EXCHANGE_TIMEOUT,  # gloo may miss that a connection broke just as it came to wait
             )
             actions[number]()
             os._exit(0)  # the peers may be gone: no orderly end
@@ -103,7 +110,7 @@ def fork(action: Callable[[], Any]) -> int:
     code = 1
     try:
         torch.set_num_threads(1)  # the parent's thread pool is not in this process
-        signal.alarm(_WAIT_SECONDS)
+        faulthandler.dump_traceback_later(_WAIT_SECONDS, exit=True)  # from its own thread: a hang in C++ ends too
         action()
         code = 0
     except BaseException:
