@@ -127,8 +127,8 @@ class CheckpointStore:
         answer = ranks.decide(check, self.journal)
         return Found(path, answer["step"], answer["metadata"])
 
-    def load(self, path: Path) -> dict[str, torch.Tensor]:
-        """All tensors of a checkpoint on the CPU, in the order in which they were given to `save`.
+    def load(self, path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+        """The tensors of a checkpoint whose names begin so, on the CPU, in the order in which `save` was given them.
 
         Every rank reads all shards and checks the bytes that it hands out. Raises CorruptCheckpoint on all ranks where
         one of them finds something wrong.
@@ -136,7 +136,7 @@ class CheckpointStore:
         tensors: dict[str, torch.Tensor] = {}
         problem = None
         try:
-            tensors = read(path, self.journal.tick)
+            tensors = read(path, self.journal.tick, prefix)
         except CorruptCheckpoint as error:
             problem = str(error)
         found = [line for line in ranks.gather(problem, self.journal) if line is not None]

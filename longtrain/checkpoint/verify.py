@@ -46,17 +46,21 @@ def inspect(path: Path, on_block: OnBlock = untold) -> tuple[Manifest | None, li
         return None, [str(problem)]
 
 
-def read(path: Path, on_block: OnBlock = untold) -> dict[str, torch.Tensor]:
-    """All tensors on the CPU. Raises CorruptCheckpoint, before any tensor is handed out, for anything not as saved."""
+def read(path: Path, on_block: OnBlock = untold, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors whose names begin so, on the CPU.
+
+    Raises CorruptCheckpoint, before any tensor is handed out, for anything that is not as saved, of any tensor.
+    """
     tensors: dict[str, torch.Tensor] = {}
     try:
         with open_folder(path) as folder:
             manifest = _read_manifest(folder, path.name)
             for name, file in manifest.files.items():
-                tensors |= read_shard(folder, name, file, manifest.shard(name), on_block)
+                shard = read_shard(folder, name, file, manifest.shard(name), on_block)
+                tensors |= {key: tensor for key, tensor in shard.items() if key.startswith(prefix)}
     except Unusable as problem:
         raise CorruptCheckpoint(f"checkpoint {path}: {problem}") from problem
-    return {name: tensors[name] for name in manifest.tensors}
+    return {name: tensors[name] for name in manifest.tensors if name.startswith(prefix)}
 
 
 def _read_manifest(folder: int, folder_named: str) -> Manifest:

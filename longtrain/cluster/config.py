@@ -134,9 +134,13 @@ def _check_words(config: JobConfig) -> None:
     resume, address = config.resume, config.cluster.address
     if resume not in RESUME_WORDS and "/" not in resume:
         raise Refused(f"resume={resume} is no checkpoint's path{did_you_mean(resume, RESUME_WORDS)}")
-    if resume not in RESUME_WORDS and not Path(resume).is_dir():
+    if resume not in RESUME_WORDS and not Path(resume).expanduser().is_dir():
         words = ", ".join(RESUME_WORDS)
         raise Refused(f"resume={resume} does not exist; give a checkpoint's folder, or one of {words}")
+    if config.initial_weights is not None and resume not in RESUME_WORDS:
+        raise Refused(f"initial_weights and resume={resume} both say what a new run starts from; give one of them")
+    if config.initial_weights is not None and not config.initial_weights.expanduser().is_dir():
+        raise Refused(f"initial_weights={config.initial_weights} does not exist; give a checkpoint's folder")
     if address not in ADDRESS_WORDS and ":" not in address:
         raise Refused(f"cluster.address={address} is no HOST:PORT{did_you_mean(address, ADDRESS_WORDS)}")
 

@@ -27,6 +27,8 @@ class Started:
     choices: tuple[str, ...] = ()
     """Settings that `auto` chose, and why: a line each."""
     loss_unit: str = "nats/token"
+    initial_weights: str | None = None
+    """Folder of the checkpoint whose weights it took, at step 0."""
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ class Progress:
         for choice in event.choices:
             self._print(choice)
         origin = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
+        if event.initial_weights:
+            origin = f"with the weights of {event.initial_weights}"
         self._print(f"{origin}: step {event.step} of {event.total_steps} is done")
         if self._console.is_terminal and self._live is None:
             self._live = Live(

@@ -58,6 +58,8 @@ class TrainingConfig:
     resume: str
     """`auto`: go on from the newest usable checkpoint of the run directory, or start; `never`: refuse if there is one;
     `required`: refuse if there is none; a path with a slash: start from that checkpoint where the run has none yet."""
+    initial_weights: Path | None
+    """A checkpoint of the same model, of any run: a new run starts from its weights, at step 0. Null: random ones."""
     telemetry: TelemetryConfig
     plugins: tuple[Path, ...]
     """Folders laid out like the project that add components."""

@@ -14,10 +14,19 @@ _OF_ALL_EXAMPLES = ("example", "weight")
 
 
 def make_objective(config: TrainingConfig, registry: Registry) -> "Objective":
-    """The one that the configuration names."""
-    module = registry.load("objectives", config.objective.name, ("Config", "Objective"))
-    objective: Objective = module.Objective(config.objective)
-    return objective
+    """The one that the configuration names. Raises Refused for a plug-in that is none."""
+    from longtrain.core.contracts import Objective
+
+    name = config.objective.name
+    kind = registry.load("objectives", name, ("Config", "Objective")).Objective
+    if not issubclass(kind, Objective):
+        raise Refused(f"objective={name}: its class Objective has to inherit from longtrain.core.contracts.Objective")
+    if kind.__abstractmethods__:
+        raise Refused(
+            f"objective={name}: its class Objective has to define {', '.join(sorted(kind.__abstractmethods__))}"
+        )
+    made: Objective = kind(config.objective)
+    return made
 
 
 def check_objective(config: TrainingConfig, registry: Registry) -> None:
@@ -26,7 +35,7 @@ def check_objective(config: TrainingConfig, registry: Registry) -> None:
     needed = objective.columns
     name, source = f"objective={config.objective.name}", f"data={config.data.name}"
     always, sometimes = _columns(config.data.name, registry)
-    if objective.reference is not None and not objective.reference.is_dir():
+    if objective.reference is not None and not objective.reference.expanduser().is_dir():
         raise Refused(f"objective.reference={objective.reference} does not exist; give the folder of a checkpoint")
     missing = [column for column in needed if column not in (*always, *sometimes)]
     if missing:

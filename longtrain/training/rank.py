@@ -33,6 +33,7 @@ from longtrain.training.loop import Loop
 from longtrain.training.objective import check_columns, make_objective
 from longtrain.training.reference import ReferencedReader, load_reference
 from longtrain.training.resume import Start, identity, resume
+from longtrain.training.weights import load_weights
 from longtrain_kernels.backend import Backend, default_backend
 
 LOCK_TIMEOUT_SECONDS = 30.0  # for the dying processes of a killed predecessor
@@ -78,6 +79,8 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             listener.phase("load", 0)
             automatic = _automatic(config, choices, backend)
             start = resume(config, store, engine, corpus, records, automatic, event)
+            if start.path is None and config.initial_weights is not None:
+                load_weights(config.initial_weights, "initial_weights", model, config, store)
             if mesh.is_writer:
                 listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
@@ -124,9 +127,11 @@ def _started(
         sequence_parallel_size=mesh.sequence.size,
         parameters=sum(p.numel() for p in model.parameters()),
         resumed_from=start.path,
+        initial_weights=None if start.path or not config.initial_weights else str(config.initial_weights),
         unigram_entropy=corpus.unigram_entropy if objective.unit == "nats/token" else None,
         run_directory=str(make_run_directory(config)),
         backend=backend.value,
+        loss_unit=objective.unit,
         choices=tuple(f"{key}={choice}" for key, choice in choices.items() if choice.estimates),
     )
 

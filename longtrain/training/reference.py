@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from longtrain.checkpoint.store import CheckpointStore
-from longtrain.core.errors import Refused
 from longtrain.core.registry import Registry
 from longtrain.data.corpus import Corpus
 from longtrain.model.build import build_model
@@ -14,7 +13,7 @@ from longtrain.model.model import Model
 from longtrain.streaming.stream import Stream
 from longtrain.training.batch import Batch, BatchReader
 from longtrain.training.config import TrainingConfig
-from longtrain.training.resume import differences, identity
+from longtrain.training.weights import load_weights
 
 
 class ReferencedReader:
@@ -41,23 +40,7 @@ def load_reference(
 
     A collective of all ranks. Raises CorruptCheckpoint where it is damaged, Refused where it is of another model.
     """
-    found = store.at(path)
-    trained, asked = (
-        {key: tree[key] for key in ("model", "mixer")}
-        for tree in (found.metadata["identity"], identity(config, corpus))
-    )
-    for key, theirs, ours in differences(trained, asked):
-        raise Refused(f"objective.reference={path} was trained with {key}={theirs}, not {ours}; give one of this model")
     model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
     model.to(device, torch.float64 if config.engine.precision == "float64" else None)
-    tensors = store.load(path)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            saved = tensors[f"model.{name}"]
-            if saved.shape != parameter.shape:
-                raise Refused(
-                    f"objective.reference={path} has {name} {list(saved.shape)}, not {list(parameter.shape)}; "
-                    "give one that was trained with this tokenizer"
-                )
-            parameter.copy_(saved)
+    load_weights(path, "objective.reference", model, config, store)
     return model.requires_grad_(False)

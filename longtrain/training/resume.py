@@ -34,9 +34,12 @@ def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     one length, whose number is where the run is.
     """
     packed = {"context_length": config.context_length} if corpus.columns else {}
-    return packed | {
-        "seed": config.seed,
-        "data": corpus.digest,
+    return packed | {"seed": config.seed, "data": corpus.digest} | model_identity(config)
+
+
+def model_identity(config: TrainingConfig) -> dict[str, Any]:
+    """What must be the same for weights to mean the same."""
+    return {
         "model": _plain(asdict(config.model)),
         "mixer": {name: _plain(asdict(mixer)) for name, mixer in config.mixer.options.items()},
     }
@@ -72,7 +75,7 @@ def resume(
         raise Refused("there is no checkpoint to go on from; check run.name and run.dir, or train from the start")
     initial = found is None and config.resume not in RESUME_WORDS
     if initial:
-        found = store.at(Path(config.resume))
+        found = store.at(Path(config.resume).expanduser())
     if found is None:
         if records is not None:
             records.rewind(0, [])

@@ -88,6 +88,24 @@ def test_data_without_what_the_objective_needs_are_refused(tmp_path: Path) -> No
     assert loss == pytest.approx(0, abs=1e-6), "ratios are 1"
 
 
+def test_the_weights_of_a_run_on_text_learn_preferences(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    """They are the reference at first, so that no pair is preferred; the data and the optimizer are new."""
+    text = tiny_config(tmp_path, steps=2)
+    train_rank(replace(text, run=replace(text.run, name="pretrained")))
+    path = text.run.dir / "pretrained" / "checkpoints" / "step-00000002"
+    config = replace(preferences(tmp_path, steps=4), initial_weights=path)
+    frozen = replace(config, objective=replace(config.objective, reference=path))
+    want = losses(train_rank(with_ranks(frozen, 1)))
+    assert want[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert want[-1] < want[0] - 0.03
+    first = losses(rank_pool(2).run(train_rank, with_ranks(frozen, 2), 2)[0])
+    away = replace(with_ranks(frozen, 2), initial_weights=tmp_path / "nowhere")  # no longer looked at
+    assert first + losses(rank_pool(2).run(train_rank, away)[0]) == pytest.approx(want, rel=1e-5)
+    other = replace(config.model, norm_epsilon=1e-5)
+    with pytest.raises(Refused, match=r"initial_weights=.* was trained with model\.norm_epsilon=1e-06, not 1e-05"):
+        train_rank(replace(config, model=other, run=replace(config.run, name="other")))
+
+
 def test_a_frozen_model_is_what_the_data_would_have_said(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
     """A new model's first checkpoint, after a step at no learning rate, is that model: no pair is preferred to it."""
     config = preferences(tmp_path, steps=4)

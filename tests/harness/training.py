@@ -67,6 +67,7 @@ def tiny_config(folder: Path, **changes: Any) -> TrainingConfig:
         engine=EngineConfig(name="replicated", precision="float32", device="cpu"),
         checkpoint=CheckpointConfig(every_steps=2, keep=2),
         resume="auto",
+        initial_weights=None,
         telemetry=TelemetryConfig(wandb="disabled", wandb_project="longtrain"),
         plugins=(),
     )

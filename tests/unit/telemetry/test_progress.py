@@ -48,6 +48,8 @@ def test_header() -> None:
     header = Screen(terminal=False).show(resumed)
     assert "1 rank, sequence parallel over 1" in header[0]
     assert header[1] == "resumed from runs/tiny/checkpoints/step-00000020: step 20 of 40 is done"
+    tuned = Screen(terminal=False).show(replace(STARTED, initial_weights="runs/text/checkpoints/step-00000020"))
+    assert tuned[1] == "with the weights of runs/text/checkpoints/step-00000020: step 0 of 40 is done"
 
 
 def test_plain_lines_come_first_last_and_every_few_seconds() -> None:

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 from pydantic import ConfigDict
+from torch import Tensor
+
+from longtrain.core import contracts
+from longtrain.core.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -12,8 +16,12 @@ class Config:
     name: str
 
 
-class Objective:
-    columns = ()
-
+class Objective(contracts.Objective):
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    def count(self, targets: Targets) -> Tensor:
+        return targets.labels.new_tensor(1.0)
+
+    def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
+        return log_probs.sum()
