@@ -21,6 +21,8 @@ class Lift:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._coming: list[Coming] = []
+        self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        """Before and after each wait of the compute stream."""
 
     def down(self, x: Tensor, there: Tensor | None = None) -> Tensor:
         """Begin a copy in pinned memory of the host, in `there` if it is given; returns it."""
@@ -33,7 +35,7 @@ class Lift:
             there.copy_(x, non_blocking=True)
             self._leaving.append((x, self._stream.record_event()))
         while len(self._leaving) > LEAVING:
-            self._leaving.popleft()[1].wait()
+            self._wait_for(self._leaving.popleft()[1])
         return there
 
     def up(self, x: Tensor) -> "Coming":
@@ -55,19 +57,39 @@ class Lift:
     def settle(self) -> None:
         """Let go of everything that is under way; the device waits for it."""
         while self._leaving:
-            self._leaving.popleft()[1].wait()
+            self._wait_for(self._leaving.popleft()[1])
         for coming in list(self._coming):
             coming.wait()
+
+    def waited(self) -> float:
+        """Seconds that the compute stream stood still for copies since the last call; the host waits for the last."""
+        waits, self._waits = self._waits, []
+        if waits:
+            waits[-1][1].synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in waits) / 1e3
+
+    def received(self, coming: "Coming", done: torch.cuda.Event) -> None:
+        """The compute stream needs it now."""
+        self._coming.remove(coming)
+        self._wait_for(done)
+
+    def _wait_for(self, done: torch.cuda.Event) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(stream)
+        done.wait(stream)
+        end.record(stream)
+        self._waits.append((begin, end))
 
     def _bring(self, shape: Sequence[int], dtype: torch.dtype, fill: Callable[[Tensor], object]) -> "Coming":
         whole = torch.empty(tuple(shape), dtype=dtype, device=self._device)
         if self._stream is None:
             fill(whole)
-            return Coming(whole, None, [])
+            return Coming(whole, None, self)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             fill(whole)
-            coming = Coming(whole, self._stream.record_event(), self._coming)
+            coming = Coming(whole, self._stream.record_event(), self)
         self._coming.append(coming)
         return coming
 
@@ -75,13 +97,12 @@ class Lift:
 class Coming:
     """A tensor that is being filled."""
 
-    def __init__(self, tensor: Tensor, done: torch.cuda.Event | None, waited_for: "list[Coming]") -> None:
-        self._tensor, self._done, self._waited_for = tensor, done, waited_for
+    def __init__(self, tensor: Tensor, done: torch.cuda.Event | None, lift: Lift) -> None:
+        self._tensor, self._done, self._lift = tensor, done, lift
 
     def wait(self) -> Tensor:
         """On a GPU the stream waits, not the host."""
-        if self._done is not None:
-            self._done.wait()
-            self._done = None
-            self._waited_for.remove(self)
+        done, self._done = self._done, None
+        if done is not None:
+            self._lift.received(self, done)
         return self._tensor

@@ -60,10 +60,16 @@ class Stream:
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
         self._blocks = blocks_of(model, config)
-        self._handles, self._objective, self._autocast = handles, objective, autocast
+        self._handles, self._objective, self._config, self._autocast = handles, objective, config, autocast
         self._lift = Lift(handles.device) if config.offload == "host" else None
         self._sums = GradientSums(model.parameters())
         self._head = Head(model, objective, config.logit_tokens, self._sums, autocast)
+
+    def beside(self, model: Model) -> "Stream":
+        """Of another model, cut alike; its waits for the host count with this one's."""
+        other = Stream(model, self._handles, self._objective, self._config, self._autocast)
+        other._lift = self._lift
+        return other
 
     def backward(self, tokens: Tensor, targets: Targets, layout: SequenceLayout, count: Tensor) -> Tensor:
         """Add the gradients of loss / count to the sums, for the tokens and targets [B, L] that this rank holds.
@@ -102,6 +108,10 @@ class Stream:
         if self._lift is not None:
             self._lift.settle()
 
+    def host_wait_seconds(self) -> float:
+        """How long the device stood still for copies to and from the host's memory since the last call."""
+        return 0.0 if self._lift is None else self._lift.waited()
+
     def _trains_below(self, number: int) -> bool:
         """Whether anything of the blocks before this one is not frozen."""
         return any(block.trainable for block in self._blocks[:number])
@@ -121,6 +131,8 @@ class Stream:
             receive = score if block is self._blocks[-1] else _into(outputs)
             self._forward(block, self._nothing_kept(inputs), shards, receive)
             inputs = outputs
+        if self._lift is not None:
+            self._lift.settle()
         return torch.cat(found, dim=1)
 
     def _forward_all(

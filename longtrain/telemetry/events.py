@@ -49,6 +49,8 @@ class StepDone:
     """Of this step, over all ranks."""
     peak_memory_bytes: int
     """Largest over the ranks."""
+    host_wait_seconds: float
+    """In which a GPU stood still for copies to and from the host's memory, the most of any; 0 without offload."""
     mfu: float | None
     """Model FLOPs over the devices' peak, 0 to 1; None on a CPU."""
 

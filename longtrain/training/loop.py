@@ -17,13 +17,15 @@ from longtrain.core.errors import Diverged, Refused
 from longtrain.engine.replicated import ReplicatedEngine, StepResult
 from longtrain.model.model import Model
 from longtrain.streaming.stream import Stream
-from longtrain.telemetry.events import CheckpointDone, StepDone
+from longtrain.telemetry.events import CheckpointDone, StepDone, Warned
 from longtrain.telemetry.records import LedgerLine, RunRecords
 from longtrain.training.batch import BatchReader
 from longtrain.training.config import TrainingConfig
 from longtrain.training.listener import Listener
 from longtrain.training.reference import ReferencedReader
 
+HOST_WAIT_SHARE = 0.1
+"""Of a step, that is worth a word to the user."""
 # Dense bfloat16 matrix rate by datasheet, in FLOP/s, for the model FLOP utilisation.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -44,6 +46,8 @@ class _Done:
     """Global mean, in the objective's unit."""
     result: StepResult
     peak_memory_bytes: int
+    host_wait_seconds: float
+    """The most of any rank."""
     stop: bool
     """Whether any rank was asked to stop."""
 
@@ -70,6 +74,7 @@ class Loop:
     """Which start of the workers this is, counted from 0."""
     ledger: list[LedgerLine] = field(default_factory=list)
     """Lines of the steps since the last checkpoint: they are committed with the next one."""
+    _told_of_host: bool = False
 
     def run(self, step: int, tokens: int) -> Progressed:
         """Train from `step` steps and `tokens` tokens done, to the last step or until a stop is requested."""
@@ -99,22 +104,21 @@ class Loop:
         losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
-        loss, memory = self._over_ranks(torch.stack(losses).sum() / count)
+        loss, memory, waited = self._over_ranks(torch.stack(losses).sum() / count)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
             raise Diverged(
                 f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (tokens {position} to {end} of the "
                 "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
             )
-        return _Done(loss, result, memory, stop=bool(sums[1] > 0))
+        return _Done(loss, result, memory, waited, stop=bool(sums[1] > 0))
 
-    def _over_ranks(self, share: Tensor) -> tuple[float, int]:
-        """The sum of the ranks' shares of the loss, and the largest of their peak memories in bytes."""
-        memory = torch.tensor(
-            float(peak_memory(self.device) + self.mesh.sequence.lane_bytes), dtype=torch.float64, device=self.device
-        )
-        gathered = torch.stack(self.mesh.world.all_gather(torch.stack([share, memory])))
-        return gathered[:, 0].sum().item(), int(gathered[:, 1].max().item())
+    def _over_ranks(self, share: Tensor) -> tuple[float, int, float]:
+        """The sum of the ranks' shares of the loss, their largest peak memory in bytes and wait for the host in s."""
+        memory = peak_memory(self.device) + self.mesh.sequence.lane_bytes
+        most = torch.tensor([memory, self.stream.host_wait_seconds()], dtype=torch.float64, device=self.device)
+        gathered = torch.stack(self.mesh.world.all_gather(torch.cat([share[None], most]))).cpu()
+        return gathered[:, 0].sum().item(), int(gathered[:, 1].max()), gathered[:, 2].max().item()
 
     def _record(self, step: int, tokens: int, step_done: _Done, seconds: float) -> None:
         if self.records is None:
@@ -129,10 +133,14 @@ class Loop:
             step_seconds=seconds,
             tokens_per_second=size / seconds,
             peak_memory_bytes=step_done.peak_memory_bytes,
+            host_wait_seconds=step_done.host_wait_seconds,
             mfu=self._mfu(size / seconds),
         )
         self.records.metrics(done)
         self.listener.event(done)
+        if not self._told_of_host and done.host_wait_seconds > HOST_WAIT_SHARE * seconds:
+            self._told_of_host = True
+            self.listener.event(Warned(_waits_for_the_host(done)))
         self.ledger.append(
             LedgerLine(
                 step=step,
@@ -182,6 +190,14 @@ def _does_not_fit(step: int, error: torch.OutOfMemoryError) -> str:
         f"step {step + 1}: {reason}; cut time (stream.chunk_tokens=16k or less), keep less (stream.block_layers=1), "
         "share sequences among more GPUs (sequence_parallel.size), or set micro_batch_size=1; the same command goes on "
         "from the last checkpoint"
+    )
+
+
+def _waits_for_the_host(done: StepDone) -> str:
+    return (
+        f"step {done.step}: GPUs waited {done.host_wait_seconds:.1f} of {done.step_seconds:.1f} s for copies to and "
+        "from the host (stream.offload=host), whose bandwidth is the limit now; where memory allows, a larger "
+        "stream.block_layers or stream.offload=none is faster"
     )
 
 

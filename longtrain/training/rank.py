@@ -84,12 +84,12 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             if mesh.is_writer:
                 listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
+            stream = Stream(model, handles, objective, config.stream, partial(engine.autocast, device))
             batches = _reader(config, corpus, mesh, device)
             reader: BatchReader | ReferencedReader = batches
             if objective.reference is not None:
                 frozen = load_reference(objective.reference, config, corpus, store, registry, device)
-                streamed = Stream(frozen, handles, objective, config.stream, partial(engine.autocast, device))
-                reader = ReferencedReader(batches, streamed)
+                reader = ReferencedReader(batches, stream.beside(frozen))
             end = Loop(
                 config=config,
                 mesh=mesh,
@@ -98,7 +98,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 objective=objective,
                 engine=engine,
                 reader=reader,
-                stream=Stream(model, handles, objective, config.stream, partial(engine.autocast, device)),
+                stream=stream,
                 store=store,
                 records=records,
                 listener=listener,

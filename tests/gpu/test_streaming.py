@@ -14,16 +14,19 @@ from longtrain.core.targets import Targets
 from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
+from longtrain.objectives import next_token
 from longtrain.sequence_parallel.handle import Handles
+from longtrain.sequence_parallel.lift import Lift
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.stream import Stream
 from longtrain_kernels.backend import Backend
 from tests.harness.mixers import WIDE
-from tests.harness.streaming import LOCAL, OBJECTIVE, TOLERANCE, StreamCase, stream_error
+from tests.harness.streaming import LOCAL, TOLERANCE, StreamCase, stream_error
 
 pytestmark = pytest.mark.gpu
 
 VOCABULARY = 128
+OBJECTIVE = next_token.Objective(next_token.Config("next_token"))
 Offload = Literal["none", "host"]
 
 
@@ -70,6 +73,19 @@ def test_gradients_in_bfloat16(mixer: str) -> None:
         for got, exact in zip(grads, want, strict=True):
             # Both round to bfloat16 at other places; gradients of decay rates, a handful of numbers, scatter most.
             assert (got - exact).norm() < 0.1 * exact.norm()
+
+
+def test_waits_for_the_host_are_seen() -> None:
+    """A copy of 1 GiB takes 20 ms at least; of nothing, nothing is waited for."""
+    lift = Lift(torch.device("cuda"))
+    there = lift.down(torch.zeros(2**28, device="cuda"))
+    lift.settle()
+    assert lift.waited() > 0.005
+    assert lift.waited() == 0.0
+    coming = lift.up(there)
+    torch.cuda.synchronize()
+    coming.wait()
+    assert lift.waited() < 0.001
 
 
 def test_memory_of_recurrent_layers_does_not_grow_with_the_context() -> None:

@@ -17,7 +17,7 @@ TOKENS = 16
 
 
 def step_done(step: int, loss: float = 2.5, mfu: float | None = None) -> StepDone:
-    return StepDone(step, step * TOKENS, loss, 1.0, 1e-3, 0.5, 32.0, 1000, mfu)
+    return StepDone(step, step * TOKENS, loss, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, mfu)
 
 
 def ledger_line(step: int) -> LedgerLine:
@@ -34,7 +34,7 @@ def test_metrics_have_the_documented_keys(tmp_path: Path) -> None:
     records.metrics(step_done(2, loss=float("nan"), mfu=0.5))
     first, second = objects(tmp_path / "metrics.jsonl")
     keys = ["step", "tokens", "loss", "grad_norm", "learning_rate"]
-    keys += ["step_seconds", "tokens_per_second", "peak_memory_bytes"]
+    keys += ["step_seconds", "tokens_per_second", "peak_memory_bytes", "host_wait_seconds"]
     assert list(first) == keys and list(second) == [*keys, "mfu"]
     assert second["loss"] is None, "JSON has no NaN"
 
