@@ -12,9 +12,10 @@ import torch
 
 from longtrain.bench import _sequence_parallel_rank as rank_module
 from longtrain.bench import parse_options
+from longtrain.bench._ranks import launch
 from longtrain.bench._sequence_parallel_cases import Case, Plan
 from longtrain.bench._sequence_parallel_problems import recurrence
-from longtrain.bench.sequence_parallel import Config, launch, make_plan, run
+from longtrain.bench.sequence_parallel import Config, make_plan, run
 from longtrain.comm.group import Group
 from longtrain.core.errors import WorkerFailed
 from longtrain.core.layout import SequenceLayout
