@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, TypeVar
@@ -46,7 +46,7 @@ Entry = Callable[[int, P, int, Connection], None]
 Send = Callable[[str, Any], None]
 
 
-def launch(plan: P, entry: Entry[P]) -> Iterator[tuple[str, Any]]:
+def launch(plan: P, entry: Entry[P]) -> Generator[tuple[str, Any], None, None]:
     """Run `entry` on every rank, and yield what rank 0 sends. Raises WorkerFailed as soon as one has ended badly."""
     store = host_store(LOOPBACK)
     reader, writer = torch.multiprocessing.get_context("spawn").Pipe(duplex=False)
