@@ -137,8 +137,9 @@ def make_plan(config: Config) -> Plan:
     """The configuration with the device's sizes. Raises Refused."""
     device, modes = pick_device(config.device).type, tuple(parse_mode(name) for name in config.modes)
     gate_mode = parse_mode(config.gate_mode)
-    if device == "cpu" and any(mode.offload == "host" for mode in (*modes, gate_mode)):
-        raise Refused("modes: on a CPU everything is in the host's memory; leave -offload out")
+    for option, asked in (("modes", modes), ("gate_mode", (gate_mode,))):
+        if device == "cpu" and any(mode.offload == "host" for mode in asked):
+            raise Refused(f"{option}: on a CPU everything is in the host's memory; leave -offload out")
     check_gpus(device, config.ranks)
     sizes, registry = choose_sizes(config, device), Registry()
     [scan], [attend] = (

@@ -29,7 +29,7 @@ from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming import stream as streaming
 from longtrain.streaming.config import StreamConfig
 
-STREAM = ["device=cpu", "ranks=2", "tokens=[24,49]", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
+STREAM = ["device=cpu", "ranks=2", "gate_tokens=24", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 WORDS = ["device=cpu", "tokens=48", "heads=2", "width=8", "repeats=1", "seconds=0.001", "layers=[]", "attend=[]"]
 
 
@@ -123,31 +123,31 @@ def without_adjoints(rank: int, plan: StreamPlan, port: int, connection: Connect
 
 def test_ranks_that_share_a_sequence_find_what_one_finds(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "stream.json"
-    words = [*STREAM, "modes=[checkpointing,plain,all]", "precision=bfloat16-parameters", f"out={out}"]
+    words = [*STREAM, "tokens=49", "modes=[plain,all]", "precision=bfloat16-parameters", f"out={out}"]
     assert stream.run(parse_options("stream", stream.Config, words)) == 0
     content = json.loads(out.read_text())
     assert [(found["mode"], found["ranks"], found["status"]) for found in content["gate"]["verdicts"]] == [
         ("plain", 1, "ok"),
-        *((mode, 2, "ok") for mode in ("checkpointing", "plain", "all")),
+        ("plain", 2, "ok"),
+        ("all", 2, "ok"),
     ]
     rows = content["rows"]
     assert [(row["mode"], row["ranks"], row["tokens"]) for row in rows] == [
-        (mode, *size) for mode in ("checkpointing", "plain", "all") for size in ((1, 12), (2, 24), (1, 25), (2, 49))
+        (mode, *size) for mode in ("plain", "all") for size in ((1, 25), (2, 49))
     ]
     for single, shared in zip(rows[::2], rows[1::2], strict=True):
         assert single["of_one_rank"] is None
         assert shared["of_one_rank"] == pytest.approx(shared["seconds"] / single["seconds"])
         assert shared["flops_of_one_rank"] == pytest.approx(shared["model_tflops"] / single["model_tflops"])
-    losses = [row["loss"] for row in rows if row["tokens"] == 49]
-    assert max(losses) - min(losses) < 1e-2  # the same batch, in bfloat16
-    assert [row["of_checkpointing"] is None for row in rows] == [False] * 12
+    assert rows[1]["loss"] == pytest.approx(rows[3]["loss"], abs=1e-2)  # the same batch, in bfloat16
     printed = capsys.readouterr().out
     assert "2 ranks on " in printed and "layout=zigzag" in printed and "FLOP/s / 1" in printed
 
 
 def test_a_rank_without_room_ends_a_stream_of_several(tmp_path: Path) -> None:
     out = tmp_path / "stream.json"
-    words = [*STREAM, "modes=[checkpointing,all]", "gate_mode=checkpointing-streamed-head", "layout=contiguous"]
+    words = [*STREAM, "tokens=[24,49]", "modes=[checkpointing,all]", "layout=contiguous"]
+    words.append("gate_mode=checkpointing-streamed-head")
     with pytest.raises(WorkerFailed, match=r"rank [01] of 2 failed"):
         stream.run(parse_options("stream", stream.Config, [*words, f"out={out}"]), without_adjoints)
     content = json.loads(out.read_text())

@@ -244,7 +244,7 @@ def test_modes_by_name() -> None:
         (["tokens=[]"], "tokens=[]"),
         (["precision=float16"], "precision=float16: must be"),
         (["gate_mode=blok1"], "gate_mode=blok1: there is no mode 'blok1'; did you mean 'block1'?"),
-        (["gate_mode=block1-offload"], "on a CPU everything is in the host's memory; leave -offload out"),
+        (["gate_mode=block1-offload"], "gate_mode: on a CPU everything is in the host's memory; leave -offload out"),
         (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
         (["ranks=2", "scan=rign"], "scan: there is no 'rign'; did you mean 'ring'?"),
         (["ranks=2", "attend=auto"], "attend: there is no 'auto'"),
