@@ -40,6 +40,8 @@ def _values(schema: Mapping[str, Any], parts: Mapping[str, Any], names: Sequence
     schema = parts[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
     if "description" in schema:
         return str(schema["description"])
+    if names and schema.get("type") == "string":
+        return " | ".join(names)
     if schema.get("type") == "array" or names:
         return f"{' | '.join(names) or _values(schema['items'], parts)}, one or a list"
     if "enum" in schema:

@@ -4,10 +4,7 @@ Every rank walks the same list, and agrees with the others after each step; rank
 and sends what was found.
 """
 
-import json
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -18,41 +15,22 @@ import torch
 from torch import Tensor
 
 from longtrain.bench._gate import BOUNDS, relative_error
+from longtrain.bench._ranks import joined_rank
 from longtrain.bench._sequence_parallel_cases import Case, Plan, scaled
 from longtrain.bench._sequence_parallel_groups import CountingGroup, SilentGroup
 from longtrain.bench._sequence_parallel_peers import PEERS
 from longtrain.bench._sequence_parallel_problems import LOCAL, PARAMETER, Part, Problem, make_problem, tokens_of
-from longtrain.bench._sequence_parallel_world import World, joined, measure_links, measure_together
 from longtrain.bench._timing import measure
+from longtrain.bench._world import World, measure_links, measure_together
 from longtrain.comm.group import Group
 from longtrain.core.registry import Registry
 
 Row = dict[str, Any]
-LOOPBACK = "127.0.0.1"
 
 
 def main(rank: int, plan: Plan, port: int, connection: Connection) -> None:
-    """Entry point of a rank's process; the store at which ranks meet listens on `LOOPBACK`."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(plan.ranks),
-        MASTER_ADDR=LOOPBACK,
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-    )
-    if sys.platform == "linux":  # a host's name may lead elsewhere, or nowhere
-        os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
-    torch.set_num_threads(plan.threads)
-    device = torch.device(plan.device, rank) if plan.device == "cuda" else torch.device(plan.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-    def send(kind: str, content: Any) -> None:
-        if rank == 0:
-            connection.send_bytes(json.dumps([kind, content]).encode())
-
-    with joined(device, LOOPBACK, port) as world:
+    """Entry point of a rank's process."""
+    with joined_rank(rank, plan, port, connection) as (world, send):
         send("links", measure_links(world, plan.repeats, plan.seconds))
         bench = Bench(plan, world)
         for case in plan.cases:

@@ -1,25 +1,31 @@
-"""Whether every way of streaming finds the gradients of plain backpropagation: nothing is timed that does not.
+"""Whether every way of streaming finds the gradients that one run finds: nothing is timed that does not.
 
-All compute in the same precision, but cut into other parts they round otherwise. How much of a gradient is rounding
-depends on the parameter: those of decays are differences of sums and keep few digits. So plain backpropagation is run
-in float32 as well, by plain PyTorch, and a gradient may differ from the plain one twice as much as rounding changes
-that: two independent roundings differ by the root of two times their errors, and the rest is for small tensors, whose
-error norms scatter. Modes share most roundings and stay far below; a carry that is lost, or no gradient through it,
-changes some gradients by tenths. Where rounding changes less than a kernel may, `_gate.BOUNDS` holds.
+That run, the gate's, is plain backpropagation unless another mode is asked for, of one rank alone. All compute in the
+same precision, but cut into other parts they round otherwise. How much of a gradient is rounding depends on the
+parameter: those of decays are differences of sums and keep few digits. So the gate's mode is run in float32 as well, by
+plain PyTorch, and a gradient may differ from the gate's one twice as much as rounding changes that: two independent
+roundings differ by the root of two times their errors, and the rest is for small tensors, whose error norms scatter.
+Modes share most roundings and stay far below; a carry that is lost, or no gradient through it, changes some gradients
+by tenths. Where rounding changes less than a kernel may, `_gate.BOUNDS` holds.
+
+A gate's mode that cuts time has chunks half as long as the modes that are compared with it: what is wrong at the end of
+a chunk is wrong at other tokens.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from longtrain.bench._gate import BOUNDS, relative_error
 from longtrain.bench._report import one_line
-from longtrain.bench._stream_modes import PLAIN, Mode
+from longtrain.bench._stream_modes import Mode
 from longtrain.bench._stream_step import Workload, free, is_out_of_memory, make_handles
+from longtrain.bench._world import World
 from longtrain.core.errors import Refused
+from longtrain.streaming.config import StreamConfig
 from longtrain_kernels.backend import Backend
 
 ROUNDINGS = 2.0
@@ -36,6 +42,10 @@ class Verdict:
     """Of one mode."""
 
     mode: str
+    against: str
+    """What it was compared with: the gate's mode, or float32 for that itself."""
+    ranks: int
+    """That computed it together."""
     status: str
     """ok, failed, or error where it could not be computed."""
     detail: str
@@ -45,70 +55,137 @@ class Verdict:
     bound: float = math.nan
 
 
-def judge(
-    workload: Workload, modes: Sequence[Mode], tokens: int, chunk_tokens: int, logit_tokens: int
-) -> Iterator[Verdict]:
-    """Compare each mode with plain backpropagation; the verdict on `plain` is its distance from float32.
+@dataclass(frozen=True)
+class Short:
+    """The sequence at which modes are compared."""
 
-    Raises Refused where plain backpropagation of so many tokens does not fit.
-    """
-    chunk, logits = min(chunk_tokens, -(-tokens // CHUNKS)), min(logit_tokens, -(-tokens // LOGIT_PARTS))
-    try:
-        exact = _in_float32(workload, tokens)
-        plain = _found(workload, PLAIN, tokens, chunk, logits)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise Refused(f"gate_tokens={tokens}: plain backpropagation does not fit; use fewer") from None
-    noise = {name: relative_error(plain[name], exact[name].double()) for name in plain}
-    del exact
-    worst = max(noise, key=lambda name: math.inf if math.isnan(noise[name]) else noise[name])
-    finite = math.isfinite(noise[worst])
-    yield Verdict(PLAIN.name, "ok" if finite else "failed", "" if finite else f"{worst}: NaN", worst, noise[worst])
-    floor = BOUNDS[torch.float32 if workload.precision == "float32" else torch.bfloat16]
-    bounds = {
-        name: max(floor * (LOSS_SHARE if name == "loss" else 1.0), ROUNDINGS * value) for name, value in noise.items()
-    }
-    for mode in modes:
-        if mode is not PLAIN:
-            yield _verdict(workload, mode, (tokens, chunk, logits), plain, bounds)
+    mode: Mode
+    """The gate's."""
+    tokens: int
+    chunk_tokens: int
+    logit_tokens: int
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk here: there are several."""
+        return min(self.chunk_tokens, -(-self.tokens // CHUNKS))
+
+    def config(self, mode: Mode, chunk_tokens: int) -> StreamConfig:
+        """Of a mode."""
+        return mode.config(self.tokens, chunk_tokens, min(self.logit_tokens, -(-self.tokens // LOGIT_PARTS)))
 
 
-def _verdict(
-    workload: Workload, mode: Mode, sizes: tuple[int, int, int], plain: Found, bounds: dict[str, float]
-) -> Verdict:
-    try:
-        got = _found(workload, mode, *sizes)
-    except Exception as error:  # whatever it raises is a result, and leaves the others theirs
-        return Verdict(mode.name, "error", one_line(error))
-    finally:
-        workload.model.zero_grad(set_to_none=True)
+class Gate:
+    """The gate's run, of this rank alone; its gradients wait in the host's memory."""
+
+    def __init__(self, alone: Workload, world: World, short: Short) -> None:
+        """Raises Refused on every rank where a step does not fit on one of them."""
+        self._world, self._short = world, short
+        self._want, noise = self._run(alone)
+        worst = max(noise, key=lambda name: math.inf if math.isnan(noise[name]) else noise[name])
+        finite = math.isfinite(noise[worst])
+        own = Verdict(
+            mode=short.mode.name,
+            against="float32",
+            ranks=1,
+            status="ok" if finite else "failed",
+            detail="" if finite else f"{worst}: NaN",
+            worst=worst,
+            error=noise[worst],
+        )
+        self.own = _worst(world, own)
+        """Its distance from float32."""
+        floor = BOUNDS[torch.float32 if alone.precision == "float32" else torch.bfloat16]
+        self._bounds = {
+            name: max(floor * (LOSS_SHARE if name == "loss" else 1.0), ROUNDINGS * value)
+            for name, value in noise.items()
+        }
+
+    def verdicts(self, together: Workload, modes: Sequence[Mode]) -> Iterator[Verdict]:
+        """Compare what the ranks find together in each mode. The gate's own run is not made again."""
+        for mode in modes:
+            if mode != self._short.mode or mode.chunked or self._world.group.size > 1:
+                yield _worst(self._world, self._verdict(together, mode))
+
+    def _run(self, alone: Workload) -> tuple[Found, dict[str, float]]:
+        """Gradients and loss, and how far each is from float32."""
+        short, fits = self._short, True
+        config = short.config(short.mode, -(-short.chunk // 2))
+        want: Found = {}
+        noise: dict[str, float] = {}
+        try:
+            exact = _on_host(_in_float32(alone, short.tokens, config))
+            want = _found(alone, short.tokens, config)
+            noise = _errors(want, exact)
+            del exact
+            want = _on_host(want)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
         free()
-    errors = {name: relative_error(got[name], want.double()) for name, want in plain.items()}
-    worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name] / bounds[name])
-    most, bound = errors[worst], bounds[worst]
-    right = most <= bound
-    detail = "" if right else f"{worst}: error {most:.1e}, bound {bound:.1e}"
-    return Verdict(mode.name, "ok" if right else "failed", detail, worst, most, bound)
+        if not all(self._world.gather(fits)):
+            raise Refused(
+                f"gate_tokens={short.tokens}: a step of gate_mode={short.mode.name} does not fit; use fewer tokens, or "
+                "a mode that keeps less, such as checkpointing-streamed-head or block1"
+            )
+        return want, noise
+
+    def _verdict(self, together: Workload, mode: Mode) -> Verdict:
+        short, ranks, trouble = self._short, self._world.group.size, ""
+        errors: dict[str, float] = {}
+        try:
+            errors = _errors(_found(together, short.tokens, short.config(mode, short.chunk)), self._want)
+        except Exception as error:  # whatever it raises is a result, and leaves the others theirs
+            if ranks > 1:  # which wait for this rank
+                raise
+            trouble = one_line(error)
+        finally:
+            together.model.zero_grad(set_to_none=True)
+        free()
+        if trouble:
+            return Verdict(mode.name, short.mode.name, ranks, "error", trouble)
+        bounds = self._bounds
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name] / bounds[name])
+        most, bound = errors[worst], bounds[worst]
+        right = most <= bound
+        detail = "" if right else f"{worst}: error {most:.1e}, bound {bound:.1e}"
+        return Verdict(mode.name, short.mode.name, ranks, "ok" if right else "failed", detail, worst, most, bound)
 
 
-def _in_float32(workload: Workload, tokens: int) -> Found:
-    """Plain backpropagation of the same parameters, exactly widened, without kernels of ours."""
+def _worst(world: World, verdict: Verdict) -> Verdict:
+    """Of all ranks', so that they go on alike."""
+    found = [Verdict(**content) for content in world.gather(asdict(verdict))]
+    return max(found, key=lambda verdict: (verdict.status != "ok", verdict.error))
+
+
+def _in_float32(workload: Workload, tokens: int, config: StreamConfig) -> Found:
+    """The same of the parameters, exactly widened, without kernels of ours."""
     types = {name: p.dtype for name, p in workload.model.named_parameters()}
     handles = make_handles(workload.device, Backend.CHUNKED)
     try:
         workload.model.float()
-        return _found(replace(workload, handles=handles, precision="float32"), PLAIN, tokens, tokens, tokens)
+        return _found(replace(workload, handles=handles, precision="float32"), tokens, config)
     finally:
         for name, parameter in workload.model.named_parameters():
             parameter.data = parameter.data.to(types[name])
         free()
 
 
-def _found(workload: Workload, mode: Mode, tokens: int, chunk_tokens: int, logit_tokens: int) -> Found:
+def _found(workload: Workload, tokens: int, config: StreamConfig) -> Found:
     model = workload.model
     model.zero_grad(set_to_none=True)
-    loss = workload.gradients(workload.batch(tokens), mode.config(tokens, chunk_tokens, logit_tokens))
+    loss = workload.gradients(tokens, config)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found | {"loss": torch.tensor(loss, dtype=torch.float64, device=workload.device)}
+
+
+def _on_host(found: Found) -> Found:
+    """Takes one after another."""
+    return {name: found.pop(name).cpu() for name in list(found)}
+
+
+def _errors(got: Found, want: Found) -> dict[str, float]:
+    """By name; `want` may wait elsewhere."""
+    return {name: relative_error(got[name], x.to(got[name].device).double()) for name, x in want.items()}

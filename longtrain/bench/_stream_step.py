@@ -1,25 +1,29 @@
-"""One step's gradients of a model on one device, and what they take."""
+"""One step's gradients of a model, on one device or several that share a sequence, and what they take."""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from longtrain.bench._world import World
 from longtrain.cluster.resolve import ResolvedJob
 from longtrain.comm.group import Group
+from longtrain.core.kinds import LayoutKind
 from longtrain.core.layout import SequenceLayout
+from longtrain.core.registry import Registry
 from longtrain.core.targets import Targets
-from longtrain.model.build import build_model
+from longtrain.engine.replicated import sum_over_ranks
+from longtrain.model.build import build_handles, build_model
 from longtrain.model.model import Model
 from longtrain.objectives import next_token
 from longtrain.sequence_parallel import local
+from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.handle import Algorithms, Handles
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.stream import Stream
@@ -32,37 +36,30 @@ _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory",
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A sequence of random tokens, each with a random label."""
-
-    tokens: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
 class Figures:
     """Of the repetitions of a step."""
 
     seconds: float
-    """The median."""
+    """The median; of ranks, the slowest's of every repetition."""
     repeats: int
     first_seconds: float
     """Of the first step, which compiles what this length needs; it is not counted unless it is the only one."""
     loss: float
     peak_bytes: int | None
-    """Of the device, with parameters and gradients; None on a CPU."""
+    """Of a device at most, with parameters and gradients; None on a CPU."""
     host_bytes: int | None
-    """Of pinned memory, about; None on a CPU, and where PyTorch does not count it."""
+    """Of a rank's pinned memory at most, about; None on a CPU, and where PyTorch does not count it."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A model with random weights and how it computes."""
+    """A model with random weights, the same on all ranks, and how it computes."""
 
     model: Model
     handles: Handles
     precision: Precision
     seed: int
+    layout: LayoutKind = "contiguous"
 
     @property
     def device(self) -> torch.device:
@@ -79,22 +76,39 @@ class Workload:
         """Of the sums of all gradients, float32 at least."""
         return sum(p.numel() * accumulator_dtype(p.dtype).itemsize for p in self.model.parameters())
 
-    def batch(self, length: int) -> Batch:
-        """The same for all modes."""
-        generator = torch.Generator(self.device).manual_seed(self.seed)
-        vocabulary, shape = self.model.embedding.num_embeddings, (1, length)
-        draw = partial(torch.randint, vocabulary, shape, generator=generator, device=self.device)
-        return Batch(draw(), draw())
+    def among(self, group: Group, cut: SequenceParallelConfig, registry: Registry) -> "Workload":
+        """The same of ranks that share a sequence. Raises Refused for an algorithm that does not exist."""
+        handles = build_handles(cut, self.handles.backend or default_backend(self.device), group, self.device, registry)
+        return replace(self, handles=handles, layout=cut.layout)
 
-    def gradients(self, batch: Batch, config: StreamConfig) -> float:
-        """Add them to the parameters' `grad`; returns the mean loss."""
-        layout = SequenceLayout(batch.tokens.shape[1], 1, ((0,),), config.chunk_tokens)
-        targets = Targets(batch.labels)
-        count = OBJECTIVE.count(targets)
+    def gradients(self, length: int, config: StreamConfig) -> float:
+        """Of a sequence of `length` random tokens with random labels, the same for all modes and numbers of ranks.
+
+        Adds them to the parameters' `grad`, where every rank has their sum over ranks, and returns the mean loss: the
+        device is done then. A collective call.
+        """
+        group = self.handles.group
+        layout = SequenceLayout(length, group.size, ((0,),), config.chunk_tokens, self.layout)
+        tokens, labels = self._part(layout)
+        targets = Targets(labels)
+        count = group.all_reduce(OBJECTIVE.count(targets))
         stream = Stream(self.model, self.handles, OBJECTIVE, config, self._autocast)
-        loss = stream.backward(batch.tokens, targets, layout, count)
+        loss = stream.backward(tokens, targets, layout, count)
         stream.deliver()
-        return (loss / count).item()
+        sum_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None], group)
+        return (group.all_reduce(loss) / count).item()
+
+    def _part(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
+        """This rank's tokens and labels, [1, L], by chunk and slot."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        vocabulary, rank = self.model.embedding.num_embeddings, self.handles.group.rank
+        spans = [span for chunk in range(layout.num_chunks) for span in layout.spans(rank, chunk)]
+
+        def draw() -> Tensor:
+            whole = torch.randint(vocabulary, (1, layout.length), generator=generator, device=self.device)
+            return whole if layout.num_ranks == 1 else torch.cat([whole[:, begin:end] for begin, end in spans], dim=1)
+
+        return draw(), draw()
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision != "float32")
@@ -115,22 +129,24 @@ def make_handles(device: torch.device, backend: Backend) -> Handles:
     return Handles(Algorithms(local.scan, local.attend), Group(0, 1), device, backend)
 
 
-def measure(step: Callable[[], float], workload: Workload, repeats: int, seconds: float) -> Figures:
+def measure(step: Callable[[], float], workload: Workload, world: World, repeats: int, seconds: float) -> Figures:
     """Time a step `repeats` times after one that is not counted; one longer than `seconds` is the only one.
 
-    Memory is that of the last step.
+    All ranks of the world take it, from a barrier. Memory is that of the last step.
     """
     times: list[float] = []
     while len(times) <= repeats:
         workload.model.zero_grad(set_to_none=True)
         _start_memory(workload.device)
+        world.barrier()
+        world.synchronize()
         started = time.perf_counter()
         loss = step()  # waits for the device
-        times.append(time.perf_counter() - started)
+        times.append(max(world.gather(time.perf_counter() - started)))
         if len(times) == 1 and times[0] > seconds:
             break
     counted = times[1:] or times
-    peak, host = _memory(workload.device)
+    peak, host = (None if None in values else max(values) for values in zip(*world.gather(_memory(world)), strict=True))
     return Figures(statistics.median(counted), len(counted), times[0], loss, peak, host)
 
 
@@ -141,11 +157,20 @@ def _start_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_host_memory_stats()
 
 
-def _memory(device: torch.device) -> tuple[int | None, int | None]:
-    """Peaks of the device and of pinned memory since `_start_memory`."""
-    if device.type != "cuda":
+def _memory(world: World) -> tuple[int | None, int | None]:
+    """Peaks of the own device and of pinned memory since `_start_memory`."""
+    if world.device.type != "cuda":
         return None, None
-    return torch.cuda.max_memory_allocated(device), torch.cuda.host_memory_stats().get("active_bytes.peak")
+    # What ranks write into each other's memory is not the allocator's.
+    peak = torch.cuda.max_memory_allocated(world.device) + world.group.lane_bytes
+    return peak, torch.cuda.host_memory_stats().get("active_bytes.peak")
+
+
+def device_memory(device: torch.device) -> int | None:
+    """What this process has of the device's memory and can still get; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def free() -> None:

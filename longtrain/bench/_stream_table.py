@@ -8,11 +8,14 @@ from rich.text import Text
 
 from longtrain.bench._rows import print_head, print_row, wide_console
 from longtrain.bench._stream_gate import Verdict
-from longtrain.bench._stream_modes import CHECKPOINTING, PLAIN
-from longtrain.bench._stream_step import Workload
+from longtrain.bench._stream_modes import CHECKPOINTING
+from longtrain.bench._stream_plan import Plan
 from longtrain.core.units import format_token_count
 
-TIMES = (("mode", 35), ("tokens", 7), ("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
+BEGIN = (("mode", 35), ("tokens", 7))
+TIMES = (("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
+RANKS = (("ranks", 5),)
+ALONE = (("/ 1 rank", 8), ("FLOP/s / 1", 10))
 MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("bytes/token", 12))
 FITS = (("mode", 35), ("bytes/token", 12), ("at 0, GiB", 10), ("longest", 12), ("host GiB then", 14))
 GIB = 2**30
@@ -21,35 +24,45 @@ GIB = 2**30
 class Table:
     """Prints to the standard output; as wide as its columns need where that is not a terminal."""
 
-    def __init__(self, cuda: bool) -> None:
-        self._columns = (*TIMES, *MEMORY) if cuda else TIMES
-        self._console = wide_console((*TIMES, *MEMORY))
+    def __init__(self, cuda: bool, ranks: int) -> None:
+        several = ranks > 1
+        self._ranks = ranks
+        ranks_column, alone, memory = (RANKS if several else ()), (ALONE if several else ()), (MEMORY if cuda else ())
+        self._columns = (*BEGIN, *ranks_column, *TIMES, *alone, *memory)
+        self._console = wide_console((*BEGIN, *RANKS, *TIMES, *ALONE, *MEMORY))
 
-    def head(self, machine: dict[str, Any], settings: dict[str, Any], workload: Workload) -> None:
+    def head(self, machine: dict[str, Any], plan: Plan, held: dict[str, Any]) -> None:
         """What is measured, and where."""
-        cuda = machine["device"] == "cuda"
+        cuda, sizes = machine["device"] == "cuda", plan.sizes
         where = "" if cuda else " (CPU: times alone, its peak resident set being too coarse to tell memory)"
-        self._console.print(f"{machine['name']}{where}, torch {machine['torch']}, triton {machine['triton']}")
-        count = sum(p.numel() for p in workload.model.parameters())
+        ranks = "" if plan.ranks == 1 else f"{plan.ranks} ranks on "
+        self._console.print(f"{ranks}{machine['name']}{where}, torch {machine['torch']}, triton {machine['triton']}")
+        parameters, gradients = (f"{held[f'{name}_bytes'] / GIB:.4g} GiB" for name in ("parameter", "gradient"))
         self._console.print(
-            f"{settings['model']}, {count / 1e9:.3g} billion parameters: {workload.parameter_bytes / GIB:.4g} GiB, and "
-            f"{workload.gradient_bytes / GIB:.4g} GiB for the sums of their gradients; {workload.precision}"
+            f"{sizes.model}, {held['parameters'] / 1e9:.3g} billion parameters: {parameters}, and {gradients} for the "
+            f"sums of their gradients; {sizes.precision}"
         )
-        chunk, logits = (format_token_count(settings[key]) for key in ("chunk_tokens", "logit_tokens"))
+        chunk, logits = format_token_count(sizes.chunk_tokens), format_token_count(plan.logit_tokens)
         self._console.print(f"one sequence, forward and backward; chunks of {chunk}, logits of {logits} tokens at once")
+        if plan.ranks > 1:
+            self._console.print(
+                f"shared among the ranks: scan={plan.scan} attend={plan.attend} layout={plan.layout}; "
+                "one rank has its share of tokens and chunks"
+            )
 
     def verdict(self, verdict: Verdict, tokens: int) -> None:
         """Of the gate."""
         if verdict.status != "ok":
             self._console.print(Text(f"{verdict.mode} {verdict.status.upper()} {verdict.detail}", style="bold red"))
-        elif verdict.mode == PLAIN.name:
+        elif verdict.against == "float32":
             self._console.print(
-                f"gate at {format_token_count(tokens)} tokens: {PLAIN.name} and float32 differ by "
+                f"gate at {format_token_count(tokens)} tokens: {verdict.mode} and float32 differ by "
                 f"{verdict.error:.1e} at most ({verdict.worst})"
             )
         else:
             self._console.print(
-                f"    {verdict.mode}: {verdict.error:.1e} from {PLAIN.name}, of {verdict.bound:.1e} ({verdict.worst})"
+                f"    {verdict.mode}: {verdict.error:.1e} from {verdict.against}, of {verdict.bound:.1e} "
+                f"({verdict.worst})"
             )
 
     def rows(self) -> None:
@@ -58,7 +71,8 @@ class Table:
 
     def row(self, row: dict[str, Any]) -> None:
         """One row, as it is in the JSON file."""
-        begin = [row["mode"], format_token_count(row["tokens"])]
+        several = self._ranks > 1
+        begin = [row["mode"], format_token_count(row["tokens"]), *([str(row["ranks"])] if several else [])]
         if row["status"] != "ok":
             print_row(self._console, begin, self._columns, 2)
             style = "yellow" if row["status"] == "out of memory" else "bold red"
@@ -69,12 +83,13 @@ class Table:
             f"{row['tokens_per_second']:.0f}",
             f"{row['model_tflops']:.3g}",
             _number(row["of_checkpointing"], 1, ".2f"),
+            *([_number(row[name], 1, ".2f") for name in ("of_one_rank", "flops_of_one_rank")] if several else []),
             _number(row["peak_bytes"], GIB, ".2f"),
             _number(row["rest_bytes"], GIB, ".2f"),
             _number(row["host_bytes"], GIB, ".2f"),
             _number(row["bytes_per_token"], 1, ",.0f"),
         ]
-        print_row(self._console, [*begin, *figures[: len(self._columns) - 2]], self._columns, 2)
+        print_row(self._console, [*begin, *figures[: len(self._columns) - len(begin)]], self._columns, 2)
 
     def fits(self, fits: Sequence[dict[str, Any]], memory_bytes: int) -> None:
         """Where the rows lead to."""

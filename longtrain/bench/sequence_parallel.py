@@ -15,37 +15,30 @@ one that is wrong is reported as FAILED and not timed, and the exit code is 1. T
 - On a CPU every rank has its share of the threads, and one rank alone has no more.
 """
 
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-import torch.multiprocessing
 from pydantic import Field
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from longtrain.bench._ranks import Entry, check_gpus, known_algorithms, known_names, launch, threads_of_a_rank
 from longtrain.bench._report import OneOrMore, Options, Report
 from longtrain.bench._sequence_parallel_cases import Candidate, Case, Kind, Plan, Scaling, operation_cases
 from longtrain.bench._sequence_parallel_peers import candidates, inventory
 from longtrain.bench._sequence_parallel_problems import SCANS, is_recurrent, layer_of
 from longtrain.bench._sequence_parallel_projection import project
-from longtrain.bench._sequence_parallel_rank import LOOPBACK, main
+from longtrain.bench._sequence_parallel_rank import main
 from longtrain.bench._sequence_parallel_table import Table
-from longtrain.bench._sequence_parallel_world import links_of
+from longtrain.bench._world import links_of
 from longtrain.comm.links import Link
-from longtrain.comm.rendezvous import host_store
 from longtrain.config.compose import plugin_folders
-from longtrain.core.errors import Refused, WorkerFailed
 from longtrain.core.kinds import LayoutKind
-from longtrain.core.registry import Registry, did_you_mean
+from longtrain.core.registry import Registry
 from longtrain.core.units import TokenCount
 from longtrain.sequence_parallel.scan.pipeline import BLOCKS
 
 Names = Annotated[tuple[str, ...], OneOrMore]
-POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -104,8 +97,6 @@ class _Sizes:
 GPU = _Sizes(2**15, 16, 128, "bfloat16", 10, 0.2)
 CPU = _Sizes(512, 4, 16, "float32", 3, 0.02)
 
-Main = Callable[[int, Plan, int, Connection], None]
-
 
 def choices(registry: Registry) -> dict[str, list[str]]:
     """See the package."""
@@ -118,7 +109,7 @@ def choices(registry: Registry) -> dict[str, list[str]]:
     }
 
 
-def run(config: Config, entry: Main = main) -> int:
+def run(config: Config, entry: Entry[Plan] = main) -> int:
     """Start the ranks, print and write their rows; returns 1 if an algorithm of ours is wrong or fails.
 
     Raises Refused for GPUs that are not there, an unknown name, sizes that do not fit and a file that cannot be
@@ -149,40 +140,12 @@ def run(config: Config, entry: Main = main) -> int:
     return int(failed)
 
 
-def launch(plan: Plan, entry: Main = main) -> Iterator[tuple[str, Any]]:
-    """Run `entry` on every rank, and yield what rank 0 sends. Raises WorkerFailed as soon as one has ended badly."""
-    store = host_store(LOOPBACK)
-    reader, writer = torch.multiprocessing.get_context("spawn").Pipe(duplex=False)
-    context = torch.multiprocessing.spawn(entry, (plan, store.port, writer), nprocs=plan.ranks, join=False)
-    assert context is not None
-    try:
-        done = False
-        while not done:
-            trouble = None
-            try:
-                done = context.join(POLL_SECONDS, grace_period=1.0)
-            except (ProcessExitedException, ProcessRaisedException) as error:
-                trouble = error
-            while reader.poll():
-                kind, content = json.loads(reader.recv_bytes())
-                yield kind, content
-            if trouble is not None:
-                print(trouble, file=sys.stderr)
-                last = str(trouble).strip().splitlines()[-1]
-                raise WorkerFailed(f"rank {trouble.error_index} of {plan.ranks} failed: {last}")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-
-
 def make_plan(config: Config) -> Plan:
     """The configuration with the device's sizes, and the cases that it asks for. Raises Refused."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device: Literal["cuda", "cpu"] = config.device or ("cuda" if gpus else "cpu")
     ranks = config.ranks or (gpus if device == "cuda" else 2)
-    if device == "cuda" and gpus < max(ranks, 2):
-        raise Refused(f"{max(ranks, 2)} ranks need a GPU each, and there are {gpus}; write device=cpu, or fewer ranks")
+    check_gpus(device, max(ranks, 2))
     sizes = GPU if device == "cuda" else CPU
     tokens = config.tokens or sizes.tokens
     heads, width = config.heads or sizes.heads, config.width or sizes.width
@@ -198,16 +161,16 @@ def make_plan(config: Config) -> Plan:
         directions=("forward", "both") if config.direction == "both" else ("forward",),
         repeats=config.repeats or sizes.repeats,
         seconds=config.seconds or sizes.seconds,
-        threads=max(1, torch.get_num_threads() // ranks),
+        threads=threads_of_a_rank(ranks),
         plugins=plugins,
         cases=tuple(_cases(config, Registry(plugins), tokens, ranks, device)),
     )
 
 
 def _cases(config: Config, registry: Registry, tokens: int, ranks: int, device: str) -> Iterator[Case]:
-    scans = _algorithms("scan", config.scan, registry)
-    attends = _algorithms("attend", config.attend, registry)
-    ops = _known("ops", config.ops, list(SCANS))
+    scans = known_algorithms("scan", config.scan, registry)
+    attends = known_algorithms("attend", config.attend, registry)
+    ops = known_names("ops", config.ops, list(SCANS))
     usual: tuple[LayoutKind, ...] = ("contiguous",)
     scan_layouts, attend_layouts = config.layouts or usual, config.layouts or (*usual, "zigzag")
 
@@ -226,19 +189,3 @@ def _cases(config: Config, registry: Registry, tokens: int, ranks: int, device: 
     yield from cases("attend", {"softmax": asked("softmax", attends, attend_layouts)})
     layers = {name: [Candidate(scan, scan_layouts) for scan in scans] for name in config.layers}
     yield from operation_cases("layer", layers, tokens, ranks, (False,), ("weak",))
-
-
-def _algorithms(verb: str, names: tuple[str, ...] | None, registry: Registry) -> tuple[str, ...]:
-    """The named ones, or all, each of which can be imported. Raises Refused."""
-    kind = f"sequence_parallel.{verb}"
-    found = _known(verb, names, registry.names(kind))
-    for name in found:
-        registry.load(kind, name, (verb,))
-    return found
-
-
-def _known(option: str, names: tuple[str, ...] | None, known: list[str]) -> tuple[str, ...]:
-    for name in names or ():
-        if name not in known:
-            raise Refused(f"{option}: there is no '{name}'{did_you_mean(name, known)}")
-    return tuple(known) if names is None else names

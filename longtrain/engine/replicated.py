@@ -5,7 +5,7 @@ the mean, whatever part of which sequence a rank holds.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longtrain.comm.group import Group
 from longtrain.engine.config import EngineConfig, OptimizerConfig
+from longtrain_kernels.affine import accumulator_dtype
 
 BUCKET_ELEMENTS = 2**24  # gradients travel in messages of 64 MiB: large enough for the links, small against the model
 
@@ -65,7 +66,7 @@ class ReplicatedEngine:
         `step` counts from 0. The parameters stay the same bit for bit on all ranks.
         """
         grads = [p.grad for p in self._parameters.values() if p.grad is not None]
-        _sum_over_ranks(grads, self._world)
+        sum_over_ranks(grads, self._world)
         norm = nn.utils.clip_grad_norm_(self._parameters.values(), self._optimizer_config.max_grad_norm)
         rate = learning_rate(self._optimizer_config, step, self._total_steps)
         for group in self._optimizer.param_groups:
@@ -116,15 +117,15 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, objec
     ]
 
 
-def _sum_over_ranks(grads: list[Tensor], world: Group) -> None:
-    """Sum gradients over ranks in place, several small ones a message."""
-    if world.size == 1:
+def sum_over_ranks(grads: Sequence[Tensor], group: Group) -> None:
+    """Sum gradients over ranks in place, in float32 at least, several small ones a message."""
+    if group.size == 1:
         return
     bucket: list[Tensor] = []
     for i, grad in enumerate(grads):
         bucket.append(grad)
         if sum(g.numel() for g in bucket) >= BUCKET_ELEMENTS or i + 1 == len(grads):
-            flat = world.all_reduce(torch.cat([g.flatten() for g in bucket]))
+            flat = group.all_reduce(torch.cat([g.flatten().to(accumulator_dtype(g.dtype)) for g in bucket]))
             for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))
             bucket = []

@@ -23,7 +23,7 @@ from longtrain.bench._sequence_parallel_projection import (
     transition_bytes,
 )
 from longtrain.bench._sequence_parallel_rank import verdict
-from longtrain.bench._sequence_parallel_world import spread
+from longtrain.bench._world import spread
 from longtrain.bench.sequence_parallel import Config, make_plan
 from longtrain.cli import main
 from longtrain.comm.group import Group

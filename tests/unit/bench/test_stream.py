@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from longtrain.bench import parse_options, stream
 from longtrain.bench._stream_fit import Fit, fit, slope
-from longtrain.bench._stream_gate import judge
-from longtrain.bench._stream_modes import MODES, Mode, parse_mode
+from longtrain.bench._stream_gate import Gate, Short, Verdict
+from longtrain.bench._stream_modes import MODES, parse_mode
+from longtrain.bench._stream_rows import Rows, extrapolate
 from longtrain.bench._stream_step import Precision, Workload, is_out_of_memory, make_workload, measure
 from longtrain.bench._stream_table import Table, spell_longest
+from longtrain.bench._world import World
 from longtrain.cli import main
 from longtrain.cluster.resolve import resolve
 from longtrain.model.build import build_model
 from longtrain.streaming import stream as streaming
+from longtrain.streaming.config import StreamConfig
 
 TINY = ["device=cpu", "tokens=[24,48]", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 CPU = torch.device("cpu")
@@ -28,6 +30,11 @@ CPU = torch.device("cpu")
 @cache
 def workload(precision: Precision = "float32") -> Workload:
     return make_workload(resolve(["model=hybrid_tiny"]), 32, precision, seed=0, device=CPU)
+
+
+def judge(work: Workload, names: list[str], gate_mode: str = "plain") -> list[Verdict]:
+    gate = Gate(work, World.alone(CPU), Short(parse_mode(gate_mode), 64, chunk_tokens=64, logit_tokens=64))
+    return [gate.own, *gate.verdicts(work, [parse_mode(name) for name in names])]
 
 
 def lose_adjoints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,17 +69,47 @@ def test_a_row_for_every_mode_and_length(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "bfloat16-parameters"])
 def test_the_gate_lets_right_modes_pass_and_no_wrong_one(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-    work, modes = workload(precision), [parse_mode(name) for name in ("checkpointing", "block2", "all")]
+    work, modes = workload(precision), ["checkpointing", "block2", "all"]
     types = [p.dtype for p in work.model.parameters()]
-    verdicts = list(judge(work, modes, 64, chunk_tokens=64, logit_tokens=64))
-    assert [verdict.mode for verdict in verdicts] == ["plain", *(mode.name for mode in modes)]
+    verdicts = judge(work, ["plain", *modes])
+    assert [(verdict.mode, verdict.against) for verdict in verdicts] == [
+        ("plain", "float32"),
+        *((mode, "plain") for mode in modes),
+    ]
     assert all(verdict.status == "ok" and not verdict.error > verdict.bound for verdict in verdicts)
     assert [p.dtype for p in work.model.parameters()] == types
     assert all(p.grad is None for p in work.model.parameters())
     lose_adjoints(monkeypatch)
-    verdicts = list(judge(work, modes, 64, chunk_tokens=64, logit_tokens=64))
     # One chunk has nothing to lose.
-    assert [verdict.status for verdict in verdicts] == ["ok", "ok", "failed", "failed"]
+    assert [verdict.status for verdict in judge(work, modes)] == ["ok", "ok", "failed", "failed"]
+
+
+@pytest.mark.parametrize("gate_mode", ["checkpointing-streamed-head", "block1"])
+def test_any_mode_may_be_the_gates(gate_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["plain", "checkpointing-streamed-head", "block1", "all"]
+    # One that cuts time is compared with itself, with other chunks; one that does not has nothing to be compared with.
+    asked = [name for name in names if name != gate_mode or name == "block1"]
+    chunks: list[int | None] = []
+    right = Workload.gradients
+
+    def gradients(self: Workload, length: int, config: StreamConfig) -> float:
+        chunks.append(config.chunk_tokens)
+        return right(self, length, config)
+
+    monkeypatch.setattr(Workload, "gradients", gradients)
+    verdicts = judge(workload("bfloat16"), names, gate_mode)
+    assert [(verdict.mode, verdict.against) for verdict in verdicts] == [
+        (gate_mode, "float32"),
+        *((name, gate_mode) for name in asked),
+    ]
+    assert all(verdict.status == "ok" for verdict in verdicts)
+    cut = {"plain": None, "checkpointing-streamed-head": None, "block1": 13, "all": 13}
+    gates = None if cut[gate_mode] is None else 7
+    assert chunks == [gates, gates, *(cut[name] for name in asked)]  # 64 tokens in five chunks, or in ten
+    lose_adjoints(monkeypatch)
+    wrong = {verdict.mode for verdict in judge(workload("bfloat16"), names, gate_mode)[1:] if verdict.status != "ok"}
+    # Where the gate's mode itself is wrong, the others differ from it, and it from itself with other chunks.
+    assert wrong == (set(names) if gate_mode == "block1" else {"block1", "all"})
 
 
 def test_a_wrong_mode_is_reported_and_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -85,23 +122,25 @@ def test_a_wrong_mode_is_reported_and_not_timed(tmp_path: Path, monkeypatch: pyt
     assert "all FAILED" in capsys.readouterr().out
 
 
-def options(*words: str) -> stream.Config:
-    return parse_options("stream", stream.Config, [*TINY, *words])
-
-
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [(torch.OutOfMemoryError("CUDA out of memory"), "out of memory", 0), (RuntimeError("broken\nshape"), "error", 1)],
 )
-def test_what_ends_a_mode_is_a_row(error: Exception, status: str, code: int, tmp_path: Path, capsys: Any) -> None:
-    def step(work: Workload, mode: Mode, tokens: int, *sizes: int) -> float:
-        if mode.name == "block1" and tokens > 24:
-            raise error
-        return stream.step(work, mode, tokens, *sizes)
+def test_what_ends_a_mode_is_a_row(
+    error: Exception, status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    right = Workload.gradients
 
+    def gradients(self: Workload, length: int, config: StreamConfig) -> float:
+        if config.block_layers == 1 and length > 24:
+            raise error
+        return right(self, length, config)
+
+    monkeypatch.setattr(Workload, "gradients", gradients)
     out = tmp_path / "stream.json"
-    config = replace(options("modes=[block1,all]"), tokens=(24, 36, 48), out=out)
-    assert stream.run(config, step) == code
+    assert (
+        main(["bench", "stream", f"out={out}", *TINY[:1], "tokens=[24,36,48]", *TINY[2:], "modes=[block1,all]"]) == code
+    )
     content = json.loads(out.read_text())
     found = [(row["mode"], row["tokens"], row["status"]) for row in content["rows"]]
     assert found == [("block1", 24, "ok"), ("block1", 36, status), *(("all", n, "ok") for n in (24, 36, 48))]
@@ -111,9 +150,9 @@ def test_what_ends_a_mode_is_a_row(error: Exception, status: str, code: int, tmp
 
 def test_a_long_first_step_is_the_measurement() -> None:
     work, losses = workload(), iter(range(9))
-    figures = measure(lambda: next(losses), work, repeats=2, seconds=60)
+    figures = measure(lambda: next(losses), work, World.alone(CPU), repeats=2, seconds=60)
     assert (figures.repeats, figures.loss) == (2, 2.0)
-    figures = measure(lambda: next(losses), work, repeats=2, seconds=1e-12)
+    figures = measure(lambda: next(losses), work, World.alone(CPU), repeats=2, seconds=1e-12)
     assert (figures.repeats, figures.loss) == (1, 3.0)
     assert figures.seconds == figures.first_seconds > 0
 
@@ -143,20 +182,47 @@ def test_rows_lead_to_an_extrapolation(capsys: Any) -> None:
     rows = [
         {"status": "ok", "tokens": n, "peak_bytes": 2**30 + 1024 * n, "host_bytes": 2048 * n} for n in (2**13, 2**14)
     ]
-    rows.append({"status": "out of memory", "tokens": 2**15})
-    (found,) = stream.extrapolate(parse_mode("block4-offload"), rows, 2**31)
+    found = extrapolate(parse_mode("block4-offload"), rows, 2**31)
+    assert found is not None
     assert found["longest_tokens"] == pytest.approx(2**20)
     assert found["host_bytes_then"] == pytest.approx(2**31)
-    assert stream.extrapolate(MODES["all"], rows[:1], 2**31) == []
-    (flat,) = stream.extrapolate(MODES["all"], [row | {"peak_bytes": 5} for row in rows[:2]], 2**31)
-    assert flat["longest_tokens"] is None
-    table = Table(cuda=True)
+    assert extrapolate(MODES["all"], rows[:1], 2**31) is None
+    flat = extrapolate(MODES["all"], [row | {"peak_bytes": 5} for row in rows], 2**31)
+    assert flat is not None and flat["longest_tokens"] is None
+    table = Table(cuda=True, ranks=1)
     figures = {"seconds": 1.0, "tokens_per_second": 8192.0, "model_tflops": 1.0, "of_checkpointing": None}
     table.rows()
     table.row(rows[0] | figures | {"mode": "block4", "rest_bytes": 2**29, "bytes_per_token": 1024.0})
     table.fits([found, flat], 2**31)
     printed = capsys.readouterr().out
     assert "an extrapolation" in printed and "1.0M" in printed and "any" in printed and "1,024" in printed
+
+
+def test_rows_of_several_ranks_are_compared_with_one_that_has_its_share(capsys: Any) -> None:
+    def row(mode: str, ranks: int, tokens: int, seconds: float, **more: Any) -> dict[str, Any]:
+        usual = {"status": "ok", "peak_bytes": 100 + 2 * tokens // ranks, "host_bytes": None, "model_tflops": 9.0}
+        return usual | {"mode": mode, "ranks": ranks, "tokens": tokens, "seconds": seconds} | more
+
+    rows = Rows(ranks=4)
+    for size, tokens, seconds in ((1, 3, 1.0), (4, 10, 3.0)):
+        rows.add(row("checkpointing", size, tokens, seconds))
+    single = rows.add(row("all", 1, 3, 2.0))
+    assert (single["of_checkpointing"], single["of_one_rank"], single["bytes_per_token"]) == (2.0, None, None)
+    shared = rows.add(row("all", 4, 10, 6.0, model_tflops=6.0))
+    assert (shared["of_checkpointing"], shared["of_one_rank"]) == (2.0, 3.0)
+    assert shared["flops_of_one_rank"] == pytest.approx(2 / 3)
+    failed = {"mode": "all", "ranks": 1, "tokens": 5, "status": "out of memory", "detail": ""}
+    assert rows.add(failed) == failed
+    longer = rows.add(row("all", 4, 20, 9.0))
+    assert longer["bytes_per_token"] == 0.5 and longer["of_one_rank"] is None
+    [fitted] = rows.fits([parse_mode("checkpointing"), parse_mode("all")], 1000)
+    assert fitted["mode"] == "all" and fitted["bytes_per_token"] == pytest.approx(0.5)
+    table = Table(cuda=True, ranks=4)
+    table.rows()
+    table.row(shared | {"tokens_per_second": 1.0, "rest_bytes": 2**30})
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["mode", "tokens", "ranks"] and "FLOP/s / 1" in head
+    assert line.split()[:3] == ["all", "10", "4"] and "3.00" in line and "0.67" in line
 
 
 def test_modes_by_name() -> None:
@@ -177,6 +243,12 @@ def test_modes_by_name() -> None:
         (["model=lama_1b"], "did you mean 'llama_1b'?"),
         (["tokens=[]"], "tokens=[]"),
         (["precision=float16"], "precision=float16: must be"),
+        (["gate_mode=blok1"], "gate_mode=blok1: there is no mode 'blok1'; did you mean 'block1'?"),
+        (["gate_mode=block1-offload"], "gate_mode: on a CPU everything is in the host's memory; leave -offload out"),
+        (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
+        (["ranks=2", "scan=rign"], "scan: there is no 'rign'; did you mean 'ring'?"),
+        (["ranks=2", "attend=auto"], "attend: there is no 'auto'"),
+        (["layout=striped"], "layout=striped: must be"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(words: list[str], message: str, capsys: Any) -> None:
@@ -192,7 +264,7 @@ def test_a_gate_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch, ca
 
     monkeypatch.setattr(Workload, "gradients", fail)
     assert main(["bench", "stream", *TINY, "gate_tokens=20"]) == 2
-    assert "gate_tokens=20: plain backpropagation does not fit; use fewer" in capsys.readouterr().err
+    assert "gate_tokens=20: a step of gate_mode=plain does not fit; use fewer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
