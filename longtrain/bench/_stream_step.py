@@ -93,7 +93,7 @@ class Workload:
         targets = Targets(labels)
         count = group.all_reduce(OBJECTIVE.count(targets))
         stream = Stream(self.model, self.handles, OBJECTIVE, config, self._autocast)
-        loss = stream.backward(tokens, targets, layout, count)
+        [loss] = stream.backward(tokens, targets, layout, count)
         stream.deliver()
         sum_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None], group)
         return (group.all_reduce(loss) / count).item()

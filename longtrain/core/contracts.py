@@ -126,14 +126,16 @@ class SequenceMixer(nn.Module, ABC):
 class Objective(ABC):
     """Base of the `Objective` that every `objectives/<name>.py` defines; built as `Objective(config)`.
 
-    A loss is a function of sums over tokens: `loss_sum` of the total of `sums`. Sums of parts are added, over chunks of
-    time and over the ranks of a sequence, so that no part needs logits or log-probabilities of another one. Where
-    `loss_sum` is the identity (`tokenwise`), gradients need nothing beforehand. Else a forward pass finds the total
-    first; a token's gradient is then that of `sums` with the cotangent that `loss_sum` has there, by the chain rule.
+    A loss is a function of sums over the tokens that have a label: `loss_sum` of the total of `sums`. Sums of parts are
+    added, over chunks of time and over the ranks of a sequence, so that no part needs logits or log-probabilities of
+    another one. Where `loss_sum` is linear its gradient is known beforehand. Else a forward pass finds the total first;
+    a token's gradient is then that of `sums` with the cotangent that `loss_sum` has there, by the chain rule.
     """
 
-    tokenwise: bool = True
-    """Whether `sums` is the loss itself, a scalar."""
+    linear: bool = True
+    """Whether `loss_sum` is linear in the sums."""
+    metrics: tuple[str, ...] = ()
+    """Names of what `metric_sums` finds: means over `count` that are told beside the loss."""
     columns: tuple[str, ...] = ()
     """Of `Targets`, those that it reads."""
     reference: Path | None = None
@@ -151,14 +153,17 @@ class Objective(ABC):
         """Sums over some tokens.
 
         Args:
-            log_probs: [n] log p(label), in nats, float32 at least; 0 where there is no label.
-            targets: of the same tokens, [n].
+            log_probs: [n] log p(label), in nats, float32 at least.
+            targets: of the same tokens, [n], which all have a label. There may be no token.
 
         Returns:
-            A scalar where tokens stand alone, else any shape that depends on `targets.num_examples` alone; float32 at
-            least.
+            float32 at least, of any shape that depends on `targets.num_examples` alone.
         """
 
     def loss_sum(self, sums: Tensor) -> Tensor:
         """The loss of all examples, a scalar, from the sums over all their tokens."""
         return sums
+
+    def metric_sums(self, sums: Tensor) -> Tensor:
+        """[len(metrics)] likewise; linear where the loss is."""
+        return sums.new_zeros(0)

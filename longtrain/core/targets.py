@@ -1,6 +1,6 @@
 """What a batch asks of the model: labels, and what else a data source says about the tokens that have one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -16,20 +16,24 @@ class Targets:
     """By name, of the tokens that have a label; any number elsewhere. Sources of examples give
 
     * `example`: which of the batch's examples a token belongs to, int64 in [0, num_examples);
-    * `weight`: 1 / tokens of its example that have a label, and 0 where there is no label, so that the weights of an
-      example add up to 1;
-    * what they say themselves (`side`, `advantage`, `old`, `reference`): see `data/sources/`."""
+    * `weight`: 1 / tokens of its example that have a label, so that the weights of an example add up to 1;
+    * what they say themselves (`side`, `advantage`, `old_log_probs`, `reference_log_probs`): see `data/sources/`."""
     num_examples: int = 0
     """Of the batch, over all the ranks that share its sequences."""
+    examples: range | None = None
+    """Those that these tokens can belong to, where it is known to be fewer."""
 
     def part(self, tokens: slice) -> "Targets":
         """Some tokens of every sequence."""
         return self._each(lambda x: x[..., tokens])
 
-    def split(self, size: int) -> Iterator["Targets"]:
-        """All tokens, one sequence after another, as [n] with n <= `size`; of no tokens one empty part."""
-        flat = self._each(Tensor.flatten)
-        return (flat.part(slice(begin, begin + size)) for begin in range(0, max(self.labels.numel(), 1), size))
+    def flatten(self) -> "Targets":
+        """All tokens, one sequence after another, as [n]."""
+        return self._each(Tensor.flatten)
+
+    def at(self, rows: slice | Tensor) -> "Targets":
+        """Some tokens of [n]."""
+        return self._each(lambda x: x[rows])
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "Targets":
         columns = {name: function(column) for name, column in self.columns.items()}

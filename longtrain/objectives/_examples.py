@@ -2,16 +2,17 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from longtrain.core.labels import IGNORED_LABEL
 from longtrain.core.targets import Targets
 
 
 def per_example(values: Tensor, targets: Targets) -> Tensor:
-    """[n] values of tokens -> [num_examples] float64 sums over those that have a label.
+    """[n] values of tokens -> [num_examples] float64 sums over the tokens of each.
 
     By a mask rather than an indexed addition, whose order on a GPU differs from run to run.
     """
-    example, labelled = targets.columns["example"], targets.labels != IGNORED_LABEL
-    own = example == torch.arange(targets.num_examples, device=example.device)[:, None]
-    return torch.where(own & labelled, values.double(), 0.0).sum(1)
+    example, count = targets.columns["example"], targets.num_examples
+    here = targets.examples or range(count)
+    own = example == torch.arange(here.start, here.stop, device=example.device)[:, None]
+    return F.pad(torch.where(own, values.double(), 0.0).sum(1), (here.start, count - here.stop))

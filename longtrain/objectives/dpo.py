@@ -34,7 +34,8 @@ class Config:
 class Objective(contracts.Objective):
     """See `core.contracts.Objective`; an example is a pair."""
 
-    tokenwise = False
+    linear = False
+    metrics = ("accuracy", "margin")
     unit = "nats/pair"
 
     def __init__(self, config: Config) -> None:
@@ -53,3 +54,7 @@ class Objective(contracts.Objective):
     def loss_sum(self, sums: Tensor) -> Tensor:
         """Of all pairs."""
         return -F.logsigmoid(self.config.beta * sums).sum()
+
+    def metric_sums(self, sums: Tensor) -> Tensor:
+        """Pairs whose chosen completion is preferred, and beta m, the difference of the implied rewards."""
+        return torch.stack([(sums > 0).sum(dtype=sums.dtype), self.config.beta * sums.sum()])

@@ -16,6 +16,9 @@ from torch import Tensor
 from longtrain.core import contracts
 from longtrain.core.targets import Targets
 
+MOST_LOG_RATIO = 20.0
+"""Beyond e^20 two policies have nothing to do with each other, and such tokens have no gradient."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -41,27 +44,43 @@ class Config:
 class Objective(contracts.Objective):
     """See `core.contracts.Objective`; an example is a completion."""
 
-    unit = "of advantage"
+    unit = "advantage/completion"
 
     def __init__(self, config: Config) -> None:
         self.config, self.reference = config, config.reference
         old = () if config.on_policy else ("old_log_probs",)
         reference = ("reference_log_probs",) if config.kl_coefficient and not config.reference else ()
         self.columns = ("weight", "advantage", *old, *reference)
+        self.metrics = ("clip_fraction", "kl") if config.kl_coefficient else ("clip_fraction",)
 
     def count(self, targets: Targets) -> Tensor:
         """Completions."""
         return targets.columns["weight"].sum(dtype=torch.float64)
 
     def sums(self, log_probs: Tensor, targets: Targets) -> Tensor:
-        """The loss."""
+        """Of the loss, of the tokens whose gradient is clipped, and of k where it has a part in the loss."""
         columns, clip = targets.columns, self.config.clip
         weight, advantage = columns["weight"], columns["advantage"]
-        # Where nothing counts a column may hold any number, whose exponential is none.
         old = log_probs.detach() if self.config.on_policy else columns["old_log_probs"]
-        ratio = torch.where(weight > 0, log_probs - old, 0).exp()
-        loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
+        ratio = _exponent(log_probs - old).exp()
+        gain, clipped = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+        loss, figures = -torch.minimum(gain, clipped), [clipped < gain]
         if self.config.kl_coefficient:
-            gap = torch.where(weight > 0, columns["reference_log_probs"] - log_probs, 0)
-            loss = loss + self.config.kl_coefficient * (gap.expm1() - gap)
-        return (weight * loss).sum()
+            gap = _exponent(columns["reference_log_probs"] - log_probs)
+            divergence = gap.expm1() - gap
+            loss = loss + self.config.kl_coefficient * divergence
+            figures.append(divergence.detach())
+        return torch.stack([(weight * term).sum() for term in (loss, *figures)])
+
+    def loss_sum(self, sums: Tensor) -> Tensor:
+        """Of all completions."""
+        return sums[0]
+
+    def metric_sums(self, sums: Tensor) -> Tensor:
+        """See `sums`."""
+        return sums[1:]
+
+
+def _exponent(log_ratio: Tensor) -> Tensor:
+    """Up to where float32 has exponentials with room for what they are multiplied by; constant beyond."""
+    return log_ratio.clamp(max=MOST_LOG_RATIO)

@@ -9,7 +9,7 @@ besides, while their block is worked on (`sequence_parallel.prefix`). One block 
 Sources: StreamBP (Luo et al. 2025) and ALST (Bekman et al. 2025) for one layer at a time; SeCO (Li et al. 2025) for
 chunks through all layers. Passes forward: 2 less that of the last chunk of the last block; a block with softmax layers
 that is not the last needs keys and values again, which for one layer is a projection. An objective that is not
-tokenwise needs the last chunk of the last block too, and the head's part of a forward pass.
+linear needs the last chunk of the last block too, and the head's part of a forward pass.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from longtrain.sequence_parallel.prefix import Filled, Prefixes
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.blocks import LayerBlock, blocks_of
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.head import Head
+from longtrain.streaming.head import Head, Piece, pieces
 from longtrain.streaming.shelf import DeviceShelf, Shelf, make_shelf
 from longtrain.streaming.sums import GradientSums
 
@@ -58,18 +58,18 @@ class Stream:
         objective: Objective,
         config: StreamConfig,
         autocast: Callable[[], AbstractContextManager[object]],
+        lift: Lift | None = None,
     ) -> None:
+        """`lift` is that of another stream, whose waits for the host count with this one's."""
         self._blocks = blocks_of(model, config)
         self._handles, self._objective, self._config, self._autocast = handles, objective, config, autocast
-        self._lift = Lift(handles.device) if config.offload == "host" else None
+        self._lift = (lift or Lift(handles.device)) if config.offload == "host" else None
         self._sums = GradientSums(model.parameters())
-        self._head = Head(model, objective, config.logit_tokens, self._sums, autocast)
+        self._head = Head(model, objective, self._sums, autocast)
 
     def beside(self, model: Model) -> "Stream":
-        """Of another model, cut alike; its waits for the host count with this one's."""
-        other = Stream(model, self._handles, self._objective, self._config, self._autocast)
-        other._lift = self._lift
-        return other
+        """Of another model, cut alike."""
+        return Stream(model, self._handles, self._objective, self._config, self._autocast, self._lift)
 
     def backward(self, tokens: Tensor, targets: Targets, layout: SequenceLayout, count: Tensor) -> Tensor:
         """Add the gradients of loss / count to the sums, for the tokens and targets [B, L] that this rank holds.
@@ -77,19 +77,22 @@ class Stream:
         `tokens` are in ascending order of chunks, and in a chunk of slots. May be called for several batches.
 
         Returns:
-            This rank's part of the loss, a float64 scalar; the ranks' parts add up to it.
+            This rank's part of the loss and of the objective's metrics, float64 [1 + metrics]; the ranks' parts add up.
         """
         shards = self._handles.shards(layout)
         parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
-        asked = [targets.part(part) for part in parts]
+        asked = [pieces(targets.part(part), self._config.logit_tokens) for part in parts]
         kept, sums = self._forward_all([tokens[:, part] for part in parts], asked, shards)
-        loss, cotangent = self._differentiate_sums(sums, count)
+        if not self._objective.linear:
+            total = self._handles.group.all_reduce(torch.stack(sums).sum(0))
+        else:
+            total = self._sums_of_nothing(targets)
+        cotangent = self._gradient_by_sums(total, count)
+        own: list[Tensor] = []
 
         def score(output: Tensor, chunk: int) -> Tensor:
-            nonlocal loss
-            own, grad = self._head.backward(output, asked[chunk], cotangent)
-            if self._objective.tokenwise:
-                loss = loss + own
+            of_chunk, grad = self._head.backward(output, asked[chunk], cotangent)
+            own.append(of_chunk)
             return grad
 
         grad_of: GradOf = score
@@ -100,7 +103,10 @@ class Stream:
             if grads is None:
                 break
             grad_of = _taken(grads)
-        return loss
+        if self._objective.linear:
+            return self._outcome(torch.stack(own).sum(0))
+        # Every rank of the sequence knows the whole; it counts once.
+        return self._outcome(total) if self._handles.group.rank == 0 else torch.zeros_like(self._outcome(total))
 
     def deliver(self) -> None:
         """Hand the sums over to the parameters' `grad`, once, and begin anew."""
@@ -120,10 +126,12 @@ class Stream:
         """log p(label) of the tokens that this rank holds, [B, L], in nats; 0 where there is no label. No gradients."""
         shards = self._handles.shards(layout)
         parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
+        some = [labels[:, part] for part in parts]
+        asked = [pieces(Targets(each), self._config.logit_tokens) for each in some]
         found: list[Tensor] = []
 
         def score(chunk: int, output: Tensor) -> None:
-            found.append(self._head.log_probs(output, labels[:, parts[chunk]]))
+            found.append(self._head.log_probs(output, some[chunk], asked[chunk]))
 
         inputs = _tokens_on_a_shelf([tokens[:, part] for part in parts])
         for block in self._blocks:
@@ -136,7 +144,7 @@ class Stream:
         return torch.cat(found, dim=1)
 
     def _forward_all(
-        self, tokens: list[Tensor], targets: list[Targets], shards: list[Shard]
+        self, tokens: list[Tensor], asked: list[list[Piece]], shards: list[Shard]
     ) -> tuple[list[_Kept], list[Tensor]]:
         """What the backward pass needs of every block, and what the objective sums over the chunks, if it must know."""
         kept: list[_Kept] = []
@@ -148,25 +156,30 @@ class Stream:
                 self._forward(block, of_block, shards, _into(outputs))
                 # Keys and values make room for those of the blocks above.
                 of_block.prefixes = Prefixes(self._lift, filled=len(of_block.prefixes))
-            elif self._objective.tokenwise:  # only what crosses chunks is wanted
+            elif self._objective.linear:  # only what crosses chunks is wanted
                 self._forward(block, of_block, shards[:-1], lambda chunk, output: None)
             else:
-                self._forward(block, of_block, shards, lambda chunk, x: sums.append(self._head.sums(x, targets[chunk])))
+                self._forward(block, of_block, shards, lambda chunk, x: sums.append(self._head.sums(x, asked[chunk])))
             differentiated = block.trainable or self._trains_below(number) or block is self._blocks[-1]
             kept.append(of_block if differentiated else self._nothing_kept(DeviceShelf()))
             inputs = outputs
         return kept, sums
 
-    def _differentiate_sums(self, sums: list[Tensor], count: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's part of the loss so far, and the gradient of loss / count by what the objective sums."""
-        if self._objective.tokenwise:
-            return torch.zeros_like(count), 1 / count
-        total = self._handles.group.all_reduce(torch.stack(sums).sum(0)).requires_grad_()
+    def _sums_of_nothing(self, targets: Targets) -> Tensor:
+        """Zeros in the shape of the objective's sums."""
+        labels = targets.labels
+        nothing = targets.flatten().at(slice(0, 0))
+        return torch.zeros_like(self._objective.sums(labels.new_zeros(0, dtype=torch.float64), nothing))
+
+    def _gradient_by_sums(self, total: Tensor, count: Tensor) -> Tensor:
+        """Of loss / count, at what the objective sums in all."""
+        leaf = total.detach().double().requires_grad_()
         with torch.enable_grad():
-            loss = self._objective.loss_sum(total)
-        [cotangent] = torch.autograd.grad([loss / count], [total])
-        # Every rank of the sequence knows the whole loss; it counts once.
-        return loss.detach() if self._handles.group.rank == 0 else torch.zeros_like(count), cotangent
+            [found] = torch.autograd.grad([self._objective.loss_sum(leaf) / count], [leaf])
+        return found
+
+    def _outcome(self, sums: Tensor) -> Tensor:
+        return torch.cat([self._objective.loss_sum(sums)[None], self._objective.metric_sums(sums)])
 
     def _nothing_kept(self, inputs: Shelf) -> _Kept:
         return _Kept(inputs, self._shelf(), Prefixes(self._lift))

@@ -1,6 +1,7 @@
 """What a training run tells the outside: plain Python values, so that they travel between processes."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class StepDone:
     """Consumed since the start of training, this step included."""
     loss: float
     """In the unit of the objective: for `next_token`, nats per predicted token."""
+    metrics: Mapping[str, float]
+    """What the objective tells besides, by name: for `dpo`, how many pairs it prefers as they are."""
     grad_norm: float
     """Global 2-norm before clipping."""
     learning_rate: float
@@ -53,6 +56,12 @@ class StepDone:
     """In which a GPU stood still for copies to and from the host's memory, the most of any; 0 without offload."""
     mfu: float | None
     """Model FLOPs over the devices' peak, 0 to 1; None on a CPU."""
+
+    def values(self) -> dict[str, float]:
+        """Everything by name, the metrics too, but what is not known."""
+        found = {**asdict(self), **self.metrics}
+        del found["metrics"]
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,8 @@ class Progress:
             return ""
         parts = [f"step {self._last.step if self._last else self._started.step}/{self._started.total_steps}"]
         if self._last is not None:
-            parts += [f"loss {self._last.loss:.4f}", f"{self._last.tokens_per_second:,.0f} tokens/s"]
+            parts += [f"loss {self._last.loss:.4f}", *(f"{k} {v:.3g}" for k, v in self._last.metrics.items())]
+            parts.append(f"{self._last.tokens_per_second:,.0f} tokens/s")
         parts.append(f"context {format_token_count(self._started.context_length)}")
         parts.append(f"ETA {self._remaining()}")
         parts.append(self._checkpoint_age())

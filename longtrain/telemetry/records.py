@@ -59,7 +59,7 @@ class RunRecords:
 
     def metrics(self, event: StepDone) -> None:
         """Append a step to `metrics.jsonl`; `mfu` only where it is known."""
-        self._append(METRICS, {key: value for key, value in asdict(event).items() if key != "mfu" or value is not None})
+        self._append(METRICS, event.values())
 
     def ledger(self, lines: Sequence[LedgerLine]) -> None:
         """Append the steps of a checkpoint, after it was committed; they and their metrics are durable on return."""

@@ -3,7 +3,6 @@
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ class Tracker:
             begin, self._begin = self._begin, None
             self._guarded("start", begin)
         if isinstance(event, StepDone) and self._run is not None:
-            values = {key: value for key, value in asdict(event).items() if key != "step" and value is not None}
+            values = {key: value for key, value in event.values().items() if key != "step"}
             self._guarded("log", lambda: self._run.log(values, step=event.step))
 
     def close(self) -> None:

@@ -44,6 +44,8 @@ class _Done:
 
     loss: float
     """Global mean, in the objective's unit."""
+    metrics: dict[str, float]
+    """The objective's, global means."""
     result: StepResult
     peak_memory_bytes: int
     host_wait_seconds: float
@@ -104,21 +106,22 @@ class Loop:
         losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
-        loss, memory, waited = self._over_ranks(torch.stack(losses).sum() / count)
+        (loss, *metrics), memory, waited = self._over_ranks(torch.stack(losses).sum(0) / count)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
             raise Diverged(
                 f"step {step + 1}: loss {loss}, gradient norm {result.grad_norm} (tokens {position} to {end} of the "
                 "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
             )
-        return _Done(loss, result, memory, waited, stop=bool(sums[1] > 0))
+        told = dict(zip(self.objective.metrics, metrics, strict=True))
+        return _Done(loss, told, result, memory, waited, stop=bool(sums[1] > 0))
 
-    def _over_ranks(self, share: Tensor) -> tuple[float, int, float]:
-        """The sum of the ranks' shares of the loss, their largest peak memory in bytes and wait for the host in s."""
+    def _over_ranks(self, shares: Tensor) -> tuple[list[float], int, float]:
+        """Sums of the ranks' shares [n], and their largest peak memory in bytes and wait for the host in s."""
         memory = peak_memory(self.device) + self.mesh.sequence.lane_bytes
         most = torch.tensor([memory, self.stream.host_wait_seconds()], dtype=torch.float64, device=self.device)
-        gathered = torch.stack(self.mesh.world.all_gather(torch.cat([share[None], most]))).cpu()
-        return gathered[:, 0].sum().item(), int(gathered[:, 1].max()), gathered[:, 2].max().item()
+        gathered = torch.stack(self.mesh.world.all_gather(torch.cat([most, shares]))).cpu()
+        return gathered[:, 2:].sum(0).tolist(), int(gathered[:, 0].max()), gathered[:, 1].max().item()
 
     def _record(self, step: int, tokens: int, step_done: _Done, seconds: float) -> None:
         if self.records is None:
@@ -128,6 +131,7 @@ class Loop:
             step=step,
             tokens=tokens,
             loss=step_done.loss,
+            metrics=step_done.metrics,
             grad_norm=step_done.result.grad_norm,
             learning_rate=step_done.result.learning_rate,
             step_seconds=seconds,

@@ -48,7 +48,7 @@ def streamed(model: Model, tokens: Tensor, config: StreamConfig) -> tuple[float,
     before = torch.cuda.memory_allocated()
     targets = Targets(tokens.roll(-1, 1))
     count = OBJECTIVE.count(targets)
-    loss = stream.backward(tokens, targets, layout, count) / count
+    [loss] = stream.backward(tokens, targets, layout, count) / count
     stream.deliver()
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     model.zero_grad(set_to_none=True)

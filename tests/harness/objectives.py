@@ -50,24 +50,24 @@ def together(rows: list[Targets]) -> Targets:
     return Targets(torch.cat([row.labels for row in rows]), columns, first)
 
 
-def plain_loss(name: str, logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-    """The sum of losses and what it is divided by, from [B, T, V] logits, example by example."""
+def plain_figures(name: str, logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Sums of the loss and the metrics, and what they are divided by, from [B, T, V] logits, example by example."""
     labelled = targets.labels != IGNORED_LABEL
     chosen = logits.log_softmax(-1).gather(-1, targets.labels.clamp(min=0)[..., None])[..., 0]
     if name == "next_token":
-        return -chosen[labelled].sum(), labelled.sum().double()
-    losses = []
+        return -chosen[labelled].sum()[None], labelled.sum().double()
+    found = []
     for number in range(targets.num_examples):
         own = labelled & (targets.columns["example"] == number)
         column = {key: value[own] for key, value in targets.columns.items()}
-        losses.append(_LOSSES[name](chosen[own], column))
-    return torch.stack(losses).sum(), torch.tensor(float(len(losses)), dtype=torch.float64, device=logits.device)
+        found.append(_FIGURES[name](chosen[own], column))
+    return torch.stack(found).sum(0), torch.tensor(float(len(found)), dtype=torch.float64, device=logits.device)
 
 
 def _dpo(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
     ratios = log_probs - column["reference_log_probs"]
     margin = ratios[column["side"] > 0].sum() - ratios[column["side"] < 0].sum()
-    return -torch.sigmoid(0.7 * margin).log()
+    return torch.stack([-torch.sigmoid(0.7 * margin).log(), (margin > 0).double(), 0.7 * margin])
 
 
 def _grpo(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
@@ -75,11 +75,14 @@ def _grpo(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
     clipped = ratio.clamp(0.7, 1.3)
     of_reference = column["reference_log_probs"].exp() / log_probs.exp()
     divergence = of_reference - of_reference.log() - 1
-    return -(torch.minimum(ratio * advantage, clipped * advantage) - 0.2 * divergence).mean()
+    loss = -(torch.minimum(ratio * advantage, clipped * advantage) - 0.2 * divergence)
+    no_gradient = ((ratio > 1.3) & (advantage > 0)) | ((ratio < 0.7) & (advantage < 0))
+    return torch.stack([loss, no_gradient.double(), divergence]).mean(1)
 
 
 def _on_policy(log_probs: Tensor, column: dict[str, Tensor]) -> Tensor:
-    return -(log_probs.exp() / log_probs.exp().detach() * column["advantage"]).mean()
+    loss = -(log_probs.exp() / log_probs.exp().detach() * column["advantage"]).mean()
+    return torch.stack([loss, torch.zeros_like(loss)])
 
 
-_LOSSES = {"dpo": _dpo, "grpo": _grpo, "grpo-on-policy": _on_policy}
+_FIGURES = {"dpo": _dpo, "grpo": _grpo, "grpo-on-policy": _on_policy}

@@ -26,7 +26,7 @@ from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.stream import Stream
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import MIXERS
-from tests.harness.objectives import OBJECTIVES, make_targets, plain_loss, together
+from tests.harness.objectives import OBJECTIVES, make_targets, plain_figures, together
 
 TOLERANCE = 1e-10  # the project's bound; errors seen are near 1e-14
 HYBRID = ("simple_gla", "softmax", "gated_delta", "sliding_window", "softmax")
@@ -67,7 +67,8 @@ class Problem:
     """Of each sequence alone."""
     count: Tensor
     starts: tuple[tuple[int, ...], ...]
-    loss_sum: float
+    figures: Tensor
+    """Sums of the loss and of the objective's metrics."""
     grads: dict[str, Tensor]
 
 
@@ -94,11 +95,11 @@ def problem(
     shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
     rows = make_targets(objective, labels)
     logits = model.head(model(tokens, ShardedSequence(shard, LOCAL)))
-    loss_sum, count = plain_loss(objective, logits, together(rows))
+    figures, count = plain_figures(objective, logits, together(rows))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(loss_sum / count, list(trained.values()), materialize_grads=True)
+    grads = torch.autograd.grad(figures[0] / count, list(trained.values()), materialize_grads=True)
     found = dict(zip(trained, grads, strict=True))
-    return Problem(OBJECTIVES[objective], model, tokens, rows, count, starts, loss_sum.item(), found)
+    return Problem(OBJECTIVES[objective], model, tokens, rows, count, starts, figures.detach(), found)
 
 
 def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
@@ -107,14 +108,14 @@ def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
 
 
 def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, device: str = "cpu") -> float:
-    """Largest error, relative to the largest entry of the exact tensor, of the loss and of every gradient.
+    """Largest error, relative to the largest entry of the exact tensor, of the loss, of metrics and of every gradient.
 
     Losses and gradients are summed over ranks, as a loop and an engine do.
     """
     exact = problem_of(case, device)
     found = stream_gradients(case, exact, group, chosen, torch.device(device))
-    loss = group.all_reduce(found[0].clone()).item()
-    errors = [abs(loss - exact.loss_sum) / abs(exact.loss_sum)]
+    figures = group.all_reduce(found[0].clone()) - exact.figures
+    errors = (figures.abs() / (exact.figures.abs() + 1e-30)).tolist()
     for name, want in exact.grads.items():
         got = group.all_reduce(found[1][name].clone())
         errors.append(((got - want).abs().max() / (want.abs().max() + 1e-30)).item())
@@ -124,7 +125,7 @@ def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, dev
 def stream_gradients(
     case: StreamCase, exact: Problem, group: Group, chosen: Algorithms, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's sum of losses and its gradients."""
+    """This rank's sums of losses and metrics, and its gradients."""
     config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
     stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext)
     losses = []
@@ -142,7 +143,7 @@ def stream_gradients(
     stream.deliver()
     grads = {name: exact.model.get_parameter(name).grad for name in exact.grads}
     exact.model.zero_grad(set_to_none=True)
-    return torch.stack(losses).sum(), {name: grad for name, grad in grads.items() if grad is not None}
+    return torch.stack(losses).sum(0), {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def stream_shards(layout: SequenceLayout, group: Group, device: torch.device) -> list[Shard]:

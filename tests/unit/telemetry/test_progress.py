@@ -34,7 +34,7 @@ class Screen:
 
 
 def step(number: int, loss: float = 2.5) -> StepDone:
-    return StepDone(number, number * 4096, loss, 1.0, 1e-3, 1.0, 4096.4, 1000, 0.0, None)
+    return StepDone(number, number * 4096, loss, {}, 1.0, 1e-3, 1.0, 4096.4, 1000, 0.0, None)
 
 
 def test_header() -> None:

@@ -17,7 +17,7 @@ TOKENS = 16
 
 
 def step_done(step: int, loss: float = 2.5, mfu: float | None = None) -> StepDone:
-    return StepDone(step, step * TOKENS, loss, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, mfu)
+    return StepDone(step, step * TOKENS, loss, {}, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, mfu)
 
 
 def ledger_line(step: int) -> LedgerLine:

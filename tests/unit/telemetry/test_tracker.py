@@ -22,7 +22,7 @@ settings = {"steps": 2, "hub_token": "canary-secret", "data": {"path": "https://
 tracker = Tracker(TelemetryConfig(wandb=mode, wandb_project="longtrain"), directory, "tiny", settings, warned.append)
 tracker.event(Started(0, 2, 16, 1, 1, 10, None, 3.2, str(directory), "chunked"))
 for step in (1, 2):
-    tracker.event(StepDone(step, step * 16, 2.5, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, None))
+    tracker.event(StepDone(step, step * 16, 2.5, {}, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, None))
 tracker.close()
 print(json.dumps({"warned": [w.message for w in warned], "imported": "wandb" in sys.modules}))
 """
@@ -84,7 +84,7 @@ def test_a_failing_log_is_told_once(tmp_path: Path) -> None:
     tracker = Tracker(TelemetryConfig("disabled", "p"), tmp_path, "tiny", {}, warned.append)
     tracker._run = Broken()
     for step in (1, 2):
-        tracker.event(StepDone(step, 16, 2.5, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, None))
+        tracker.event(StepDone(step, 16, 2.5, {}, 1.0, 1e-3, 0.5, 32.0, 1000, 0.0, None))
     tracker.close()
     assert warned == [Warned("wandb is off for the rest of this run: log failed: gone away")]
 
