@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,15 @@ def inspect(path: Path, on_block: OnBlock = untold) -> tuple[Manifest | None, li
             return manifest, problems
     except Unusable as problem:
         return None, [str(problem)]
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What was stored beside the tensors; of these nothing is read. Raises CorruptCheckpoint."""
+    try:
+        with open_folder(path) as folder:
+            return _read_manifest(folder, path.name).metadata
+    except Unusable as problem:
+        raise CorruptCheckpoint(f"checkpoint {path}: {problem}") from problem
 
 
 def read(path: Path, on_block: OnBlock = untold, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -139,8 +139,6 @@ def _check_words(config: JobConfig) -> None:
         raise Refused(f"resume={resume} does not exist; give a checkpoint's folder, or one of {words}")
     if config.initial_weights is not None and resume not in RESUME_WORDS:
         raise Refused(f"initial_weights and resume={resume} both say what a new run starts from; give one of them")
-    if config.initial_weights is not None and not config.initial_weights.expanduser().is_dir():
-        raise Refused(f"initial_weights={config.initial_weights} does not exist; give a checkpoint's folder")
     if address not in ADDRESS_WORDS and ":" not in address:
         raise Refused(f"cluster.address={address} is no HOST:PORT{did_you_mean(address, ADDRESS_WORDS)}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longtrain.checkpoint.commit import committed
 from longtrain.cluster.config import JobConfig, check_job, num_workers
 from longtrain.cluster.controller import State
 from longtrain.cluster.driver import execute
@@ -24,6 +25,7 @@ from longtrain.telemetry.events import Event
 from longtrain.telemetry.progress import Progress
 from longtrain.telemetry.tracker import Tracker
 from longtrain.training.objective import check_columns, make_objective
+from longtrain.training.weights import check_weights
 
 _TARGET = "longtrain.cluster.target:train"
 _SAY_EVERY_SECONDS = 10.0
@@ -44,9 +46,14 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
     root = Path(os.path.abspath(config.run.dir.expanduser()))
     tree = tree | {"run": {"name": config.run.name, "dir": str(root)}}
     directory = root / config.run.name
+    objective = make_objective(config, registry)
+    if objective.reference is not None:
+        check_weights(objective.reference, "objective.reference", config)
+    if config.initial_weights is not None and not committed(directory / "checkpoints"):
+        check_weights(config.initial_weights, "initial_weights", config)
     prepare(config.data, registry, _say_progress())
     corpus = open_corpus(config.data, registry, config.seed, config.context_length)
-    check_columns(config, make_objective(config, registry), corpus.columns)
+    check_columns(config, objective, corpus.columns)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -69,6 +69,8 @@ class Corpus:
         self.store = store
         self.vocab_size: int = manifest.vocab_size
         self.end_of_document: int = manifest.end_of_document
+        self.tokenizer: str = manifest.recipe.tokenizer_fingerprint
+        """Hexadecimal digest of what gave the tokens their numbers."""
         self.digest: str = manifest.content
         """Hexadecimal digest of all tokens and document boundaries; the seed is not in it."""
         self.num_tokens: int = manifest.num_tokens

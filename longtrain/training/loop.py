@@ -71,7 +71,7 @@ class Loop:
     """Of the writer; None on the other ranks."""
     listener: Listener
     about: dict[str, Any]
-    """What checkpoints tell of the run: its `identity` (see `resume.identity`), and what `auto` chose (`automatic`)."""
+    """What checkpoints tell of the run: see `resume.about`."""
     attempt: int
     """Which start of the workers this is, counted from 0."""
     ledger: list[LedgerLine] = field(default_factory=list)

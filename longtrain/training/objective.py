@@ -35,8 +35,6 @@ def check_objective(config: TrainingConfig, registry: Registry) -> None:
     needed = objective.columns
     name, source = f"objective={config.objective.name}", f"data={config.data.name}"
     always, sometimes = _columns(config.data.name, registry)
-    if objective.reference is not None and not objective.reference.expanduser().is_dir():
-        raise Refused(f"objective.reference={objective.reference} does not exist; give the folder of a checkpoint")
     missing = [column for column in needed if column not in (*always, *sometimes)]
     if missing:
         sources = [other for other in registry.names("data.sources") if _serves(_columns(other, registry), needed)]

@@ -32,7 +32,7 @@ from longtrain.training.listener import Listener
 from longtrain.training.loop import Loop
 from longtrain.training.objective import check_columns, make_objective
 from longtrain.training.reference import ReferencedReader, load_reference
-from longtrain.training.resume import Start, identity, resume
+from longtrain.training.resume import Start, about, resume
 from longtrain.training.weights import load_weights
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -77,10 +77,10 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             store = CheckpointStore(directory / "checkpoints", config.checkpoint.keep, mesh.journal)
             records, event = (RunRecords(directory), listener.event) if mesh.is_writer else (None, None)
             listener.phase("load", 0)
-            automatic = _automatic(config, choices, backend)
-            start = resume(config, store, engine, corpus, records, automatic, event)
+            wanted = about(config, corpus, _automatic(config, choices, backend))
+            start = resume(config, store, engine, wanted, records, event)
             if start.path is None and config.initial_weights is not None:
-                load_weights(config.initial_weights, "initial_weights", model, config, store)
+                load_weights(config.initial_weights, "initial_weights", model, config, corpus, store)
             if mesh.is_writer:
                 listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
@@ -102,7 +102,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
                 store=store,
                 records=records,
                 listener=listener,
-                about={"identity": identity(config, corpus), "automatic": automatic},
+                about=wanted,
                 attempt=start.attempt,
             ).run(start.step, start.tokens)
     listener.phase("done", end.step)

@@ -42,5 +42,5 @@ def load_reference(
     """
     model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
     model.to(device, torch.float64 if config.engine.precision == "float64" else None)
-    load_weights(path, "objective.reference", model, config, store)
+    load_weights(path, "objective.reference", model, config, corpus, store)
     return model.requires_grad_(False)

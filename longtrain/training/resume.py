@@ -1,5 +1,6 @@
 """Where a run goes on: the newest usable checkpoint, checked against what is to be trained."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,16 @@ def identity(config: TrainingConfig, corpus: Corpus) -> dict[str, Any]:
     return packed | {"seed": config.seed, "data": corpus.digest} | model_identity(config)
 
 
+def about(config: TrainingConfig, corpus: Corpus, automatic: Mapping[str, str]) -> dict[str, Any]:
+    """What a checkpoint tells of its run; `automatic` is what `auto` has chosen, by key."""
+    return {
+        "identity": identity(config, corpus),
+        "tokenizer": corpus.tokenizer,
+        "objective": _plain(asdict(config.objective)),
+        "automatic": dict(automatic),
+    }
+
+
 def model_identity(config: TrainingConfig) -> dict[str, Any]:
     """What must be the same for weights to mean the same."""
     return {
@@ -49,16 +60,15 @@ def resume(
     config: TrainingConfig,
     store: CheckpointStore,
     engine: ReplicatedEngine,
-    corpus: Corpus,
+    wanted: Mapping[str, Any],
     records: RunRecords | None,
-    automatic: Mapping[str, str],
     event: Callable[[Event], None] | None,
 ) -> Start:
     """Load what `config.resume` names into the engine, on every rank; make the records agree with it on the writer.
 
     Raises CorruptCheckpoint where the run has committed steps but no usable checkpoint: it never starts again by
-    itself. Raises Refused where the checkpoint is of other data or of another model. `automatic` is what `auto` has
-    chosen, by key; where it was something else when the checkpoint was made, the user is warned.
+    itself. Raises Refused where the checkpoint is of other data or of another model. `wanted` is what `about` tells of
+    this start; where the objective or what `auto` chose was another when the checkpoint was made, the user is warned.
     """
     found = store.newest()
     committed = decide(lambda: records.committed_steps() if records is not None else 0, store.journal)
@@ -80,8 +90,8 @@ def resume(
         if records is not None:
             records.rewind(0, [])
         return Start(step=0, tokens=0, attempt=0, path=None)
-    warnings = [*found.skipped, *_other_choices(found, automatic)]
-    _load(found, store, engine, identity(config, corpus))
+    warnings = [*found.skipped, *_other_objective(found, wanted), *_other_choices(found, wanted["automatic"])]
+    _load(found, store, engine, wanted["identity"])
     if records is not None:
         for line in found.skipped:
             records.incident("checkpoint", line)
@@ -108,6 +118,15 @@ def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted
         raise Refused(f"{found.path} is of another model: {error}; use the same model, or another run.name") from error
 
 
+def _other_objective(found: Found, wanted: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that is another: losses before and after do not compare."""
+    before, now = found.metadata.get("objective", wanted["objective"]), wanted["objective"]
+    return [
+        f"{key}={asked} now, and was {trained} in {found.path}: losses before and after it are of different kinds"
+        for key, trained, asked in differences(before, now, "objective")
+    ]
+
+
 def _other_choices(found: Found, automatic: Mapping[str, str]) -> list[str]:
     """A line for each `auto` that is not what it was: the numbers that follow agree up to rounding only."""
     before = found.metadata.get("automatic", {})
@@ -128,4 +147,4 @@ def differences(trained: Any, asked: Any, key: str = "") -> list[tuple[str, Any,
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """As it comes back from JSON."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+    return dict(json.loads(json.dumps(settings, default=str)))

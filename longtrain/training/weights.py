@@ -1,26 +1,46 @@
 """Weights of a checkpoint alone: not its optimizer state, nor its data and where it was in them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from longtrain.checkpoint.commit import committed
 from longtrain.checkpoint.store import CheckpointStore
-from longtrain.core.errors import Refused
+from longtrain.checkpoint.verify import read_metadata
+from longtrain.core.errors import CorruptCheckpoint, Refused
+from longtrain.data.corpus import Corpus
 from longtrain.model.model import Model
 from longtrain.training.config import TrainingConfig
 from longtrain.training.resume import differences, model_identity
 
 
-def load_weights(path: Path, key: str, model: Model, config: TrainingConfig, store: CheckpointStore) -> None:
+def check_weights(path: Path, key: str, config: TrainingConfig) -> None:
+    """Refuse what `load_weights` would, so far as a glance tells, before workers start."""
+    folder = path.expanduser()
+    if not folder.is_dir():
+        raise Refused(f"{key}={path} does not exist; give a checkpoint's folder")
+    try:
+        _check_model(read_metadata(folder), path, key, config)
+    except CorruptCheckpoint as problem:
+        near = next(iter((*committed(folder / "checkpoints"), *committed(folder))), None)
+        remedy = "name another one" if near is None else f"did you mean {near}?"
+        raise Refused(f"{key}={path} is no good checkpoint ({problem}); {remedy}") from None
+
+
+def load_weights(
+    path: Path, key: str, model: Model, config: TrainingConfig, corpus: Corpus, store: CheckpointStore
+) -> None:
     """Fill the parameters of `model` from a checkpoint of any run, which `config` names as `key`.
 
     A collective of all ranks. Raises CorruptCheckpoint where it is damaged, Refused where it is of another model.
     """
     folder = path.expanduser()
-    trained = store.at(folder).metadata["identity"]
-    asked = model_identity(config)
-    for setting, theirs, ours in differences({name: trained[name] for name in asked}, asked):
-        raise Refused(f"{key}={path} was trained with {setting}={theirs}, not {ours}; give one of this model")
+    metadata = store.at(folder).metadata
+    _check_model(metadata, path, key, config)
+    if metadata.get("tokenizer", corpus.tokenizer) != corpus.tokenizer:
+        raise Refused(f"{key}={path} was trained with another tokenizer; set data.tokenizer to it, or give another one")
     saved = store.load(folder, prefix="model.")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -31,3 +51,10 @@ def load_weights(path: Path, key: str, model: Model, config: TrainingConfig, sto
                     "give one that was trained with this tokenizer"
                 )
             parameter.copy_(weights)
+
+
+def _check_model(metadata: Mapping[str, Any], path: Path, key: str, config: TrainingConfig) -> None:
+    asked = model_identity(config)
+    trained = {name: metadata["identity"][name] for name in asked}
+    for setting, theirs, ours in differences(trained, asked):
+        raise Refused(f"{key}={path} was trained with {setting}={theirs}, not {ours}; give one of this model")

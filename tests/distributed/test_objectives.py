@@ -14,6 +14,7 @@ from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.data.sources import preference, rollouts
 from longtrain.objectives import dpo, grpo
+from longtrain.telemetry.events import StepDone, Warned
 from longtrain.training.config import TrainingConfig
 from tests.harness.ranks import RankPool
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
@@ -43,7 +44,10 @@ def sampled(folder: Path, given: str, **changes: Any) -> TrainingConfig:
         for n in range(40)
     ]
     if "old" in given:
-        rows = [row | {"old_log_probs": [UNIFORM] * len(row["completion"])} for row in rows]
+        lengths = [len(row["completion"]) for row in rows]
+        # Not the same anywhere, so that one at another token would be seen.
+        old = [[UNIFORM + 0.03 * ((n + i) % 7) for i in range(length)] for n, length in enumerate(lengths)]
+        rows = [row | {"old_log_probs": numbers} for row, numbers in zip(rows, old, strict=True)]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = rollouts.Config("rollouts", "bytes", None, folder / "sampled", folder / "rollouts.jsonl")
     prepare(data, Registry())
@@ -70,6 +74,9 @@ def test_a_run_on_examples_goes_on_to_the_bit_and_with_its_context_alone(tmp_pat
     with pytest.raises(Refused, match=r"context_length=256, but .* was trained with 128"):
         train_rank(replace(config, context_length=256))
     assert first + losses(train_rank(config)) == want
+    dearer = replace(config, objective=replace(config.objective, beta=0.3), steps=config.steps + 1)
+    said = [event.message for event in train_rank(dearer) if isinstance(event, Warned)]
+    assert [line for line in said if line.startswith("objective.beta=0.3 now, and was 0.2 in ")]
 
 
 def test_completions_with_an_advantage_become_likelier(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
@@ -77,7 +84,21 @@ def test_completions_with_an_advantage_become_likelier(tmp_path: Path, rank_pool
     want = losses(train_rank(with_ranks(config, 1)))
     # Half of the advantages are 1 and half -1, and a clipped ratio gains at most 1.2 and 0.8 of them: never below -0.2.
     assert -0.2 <= want[-1] < min(-0.1, want[0])
-    assert losses(rank_pool(2).run(train_rank, with_ranks(config, 2))[0]) == pytest.approx(want, rel=1e-5, abs=1e-6)
+    zigzag = replace(config.sequence_parallel, layout="zigzag")
+    cut = with_ranks(replace(config, sequence_parallel=zigzag, stream=replace(config.stream, chunk_tokens=60)), 2)
+    assert losses(rank_pool(2).run(train_rank, cut)[0]) == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_a_divergence_from_a_frozen_model_is_told_and_grows(tmp_path: Path) -> None:
+    text = tiny_config(tmp_path, steps=1, context_length=256)
+    train_rank(replace(text, run=replace(text.run, name="pretrained")))
+    path = text.run.dir / "pretrained" / "checkpoints" / "step-00000001"
+    config = replace(sampled(tmp_path, "nothing", steps=5), initial_weights=path)
+    held = replace(config.objective, on_policy=True, kl_coefficient=0.1, reference=path)
+    told = [event.metrics for event in train_rank(replace(config, objective=held)) if isinstance(event, StepDone)]
+    assert [set(metrics) for metrics in told] == [{"clip_fraction", "kl"}] * 5
+    assert told[0]["kl"] == pytest.approx(0, abs=1e-9) and told[-1]["kl"] > 1e-4
+    assert {metrics["clip_fraction"] for metrics in told} == {0.0}, "the ratio to itself is 1"
 
 
 def test_data_without_what_the_objective_needs_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.cli import SMALL, refuse, run
+from tests.e2e.conftest import Refusal
+from tests.harness.cli import SMALL, run, succeed
 
 UNIFORM = -5.55
 """What a token's log-probability is, nearly, under a new model of 257 tokens."""
@@ -26,10 +27,11 @@ def test_the_loss_on_preferences_falls_on_two_ranks_with_chunks_of_time(tmp_path
     cut = ("sequence_parallel.size=2", "stream.chunk_tokens=100", "stream.block_layers=recurrent")
     code, _, said = run(tmp_path, "train", *SMALL, *settings, *cut, "optimizer.learning_rate=1e-2")
     assert code == 0, said
-    assert "nats/pair" in said and "unigram" not in said
+    assert "nats/pair" in said and "unigram" not in said and "accuracy" in said
     lines = [json.loads(line) for line in (tmp_path / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    assert lines[-1]["accuracy"] == 1.0 and lines[-1]["margin"] > lines[0]["margin"]
 
 
 @pytest.mark.parametrize(
@@ -47,14 +49,33 @@ def test_the_loss_on_preferences_falls_on_two_ranks_with_chunks_of_time(tmp_path
         (["data=preference"], ["objective=next_token does not read the column 'side' of data=preference"]),
     ],
 )
-def test_objectives_and_data_that_do_not_go_together(tmp_path: Path, settings: list[str], words: list[str]) -> None:
-    line = refuse(tmp_path, "train", *settings)
+def test_objectives_and_data_that_do_not_go_together(
+    tmp_path: Path, refused: Refusal, settings: list[str], words: list[str]
+) -> None:
+    line = refused("train", *settings)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == [], "nothing was started"
 
 
-def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: Path) -> None:
+def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    line = refuse(tmp_path, "train", "objective=dpo", "data=preference", "data.path=pairs.jsonl")
+    line = refused("train", "objective=dpo", "data=preference", "data.path=pairs.jsonl")
     assert "needs 'reference_log_probs', which the rows of data=preference do not give" in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_weights_are_looked_at_before_a_worker_starts_and_only_then(tmp_path: Path, refused: Refusal) -> None:
+    small = [setting for setting in SMALL if not setting.startswith("run.name=")]
+    alone = ["train", *small, "cluster.address=env", "sequence_parallel.size=1", "steps=2"]
+    succeed(tmp_path, *alone, "run.name=run")
+    first = "runs/run/checkpoints/step-00000002"
+    tune = [*alone, "objective=dpo", "data=preference", "data.path=pairs.jsonl", "run.name=tuned"]
+    for key in ("initial_weights", "objective.reference"):
+        line = refused(*tune, f"{key}=runs/run")
+        assert line.startswith(f"longtrain: {key}=runs/run is no good checkpoint") and f"did you mean {first}?" in line
+        line = refused(*tune, f"{key}={first}", "model.norm_epsilon=1e-5")
+        assert f"{key}={first} was trained with model.norm_epsilon=1e-06, not 1e-05" in line
+    assert not (tmp_path / "runs" / "tuned").exists()
+    # What a run has begun with may be gone when it goes on.
+    succeed(tmp_path, *alone, "run.name=tuned", f"initial_weights={first}")
+    succeed(tmp_path, *alone[:-1], "steps=3", "run.name=tuned", "initial_weights=gone")

@@ -4,34 +4,17 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.cli import main
+from tests.e2e.conftest import Refusal
 from tests.harness.cli import SMALL, refuse, succeed
 
 ALONE = ("cluster.address=env", "sequence_parallel.size=1")
 """One rank in the command's own process."""
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """`harness.cli.refuse` in this process, which has loaded what a new one takes seconds to load."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
-
-    def line_of(*arguments: str) -> str:
-        capsys.readouterr()
-        assert main(arguments) == 2
-        [line] = capsys.readouterr().err.splitlines()
-        return line
-
-    return line_of
 
 
 @pytest.mark.parametrize(
@@ -48,19 +31,19 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("sequence_parallel.attend=rign", ["rign", "ring"]),
     ],
 )
-def test_mistyped_settings(tmp_path: Path, refused: Refused, override: str, words: list[str]) -> None:
+def test_mistyped_settings(tmp_path: Path, refused: Refusal, override: str, words: list[str]) -> None:
     line = refused("train", override)
     assert all(word in line for word in words), line
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
 
 
-def test_a_group_that_does_not_divide_the_workers(refused: Refused) -> None:
+def test_a_group_that_does_not_divide_the_workers(refused: Refusal) -> None:
     line = refused("train", "sequence_parallel.size=3", "cluster.workers=4")
     assert "cluster.workers=4" in line
     assert "3 or 6" in line
 
 
-def test_data_that_cannot_be_used(tmp_path: Path, refused: Refused) -> None:
+def test_data_that_cannot_be_used(tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "binary.txt").write_bytes(b"text\x00\xff\xfe")
     for path, word in (("empty", "empty"), ("missing", "missing"), ("binary.txt", "binary.txt")):
