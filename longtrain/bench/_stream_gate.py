@@ -13,7 +13,6 @@ a chunk is wrong at other tokens.
 """
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -101,11 +100,11 @@ class Gate:
             for name, value in noise.items()
         }
 
-    def verdicts(self, together: Workload, modes: Sequence[Mode]) -> Iterator[Verdict]:
-        """Compare what the ranks find together in each mode. The gate's own run is not made again."""
-        for mode in modes:
-            if mode != self._short.mode or mode.chunked or self._world.group.size > 1:
-                yield _worst(self._world, self._verdict(together, mode))
+    def verdict(self, workload: Workload, mode: Mode) -> Verdict | None:
+        """Compare what the ranks find together in a mode. None for the gate's own run, which is not made again."""
+        if mode == self._short.mode and not mode.chunked and self._world.group.size == 1:
+            return None
+        return _worst(self._world, self._verdict(workload, mode))
 
     def _run(self, alone: Workload) -> tuple[Found, dict[str, float]]:
         """Gradients and loss, and how far each is from float32."""
@@ -131,17 +130,17 @@ class Gate:
             )
         return want, noise
 
-    def _verdict(self, together: Workload, mode: Mode) -> Verdict:
+    def _verdict(self, workload: Workload, mode: Mode) -> Verdict:
         short, ranks, trouble = self._short, self._world.group.size, ""
         errors: dict[str, float] = {}
         try:
-            errors = _errors(_found(together, short.tokens, short.config(mode, short.chunk)), self._want)
+            errors = _errors(_found(workload, short.tokens, short.config(mode, short.chunk)), self._want)
         except Exception as error:  # whatever it raises is a result, and leaves the others theirs
             if ranks > 1:  # which wait for this rank
                 raise
             trouble = one_line(error)
         finally:
-            together.model.zero_grad(set_to_none=True)
+            workload.clear()
         free()
         if trouble:
             return Verdict(mode.name, short.mode.name, ranks, "error", trouble)
@@ -173,11 +172,10 @@ def _in_float32(workload: Workload, tokens: int, config: StreamConfig) -> Found:
 
 
 def _found(workload: Workload, tokens: int, config: StreamConfig) -> Found:
-    model = workload.model
-    model.zero_grad(set_to_none=True)
+    workload.clear()
     loss = workload.gradients(tokens, config)
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
+    found = workload.grads(tokens)
+    workload.clear()
     return found | {"loss": torch.tensor(loss, dtype=torch.float64, device=workload.device)}
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from longtrain.bench._ranks import joined_rank
 from longtrain.bench._report import one_line
-from longtrain.bench._stream_gate import Gate, Short
+from longtrain.bench._stream_gate import Gate, Short, Verdict
 from longtrain.bench._stream_modes import Mode
+from longtrain.bench._stream_peers import peers
 from longtrain.bench._stream_plan import Plan, share
 from longtrain.bench._stream_step import Workload, device_memory, free, is_out_of_memory, make_workload, measure
 from longtrain.bench._world import World
@@ -31,8 +32,8 @@ def main(rank: int, plan: Plan, port: int, connection: Connection) -> None:
 def events(plan: Plan, world: World) -> Generator[tuple[str, Any], None, None]:
     """What is found, as soon as it is, for rank 0 to tell; a collective call.
 
-    `held`: what the model holds of a device. `refused`: why the gate refuses. `verdict`: of a mode. `right`: the modes
-    that are measured. `row`: see `_row`.
+    `held`: what the model holds of a device. `refused`: why the gate refuses. `verdict`: of a mode. `right`: the names
+    of the modes and peers that are measured. `row`: see `_row`.
     """
     sizes = plan.sizes
     alone = make_workload(plan.job, sizes.vocabulary, sizes.precision, plan.seed, world.device)
@@ -55,20 +56,22 @@ def events(plan: Plan, world: World) -> Generator[tuple[str, Any], None, None]:
     except Refused as refusal:  # on all ranks
         yield "refused", str(refusal)
         return
-    wrong = set()
     yield "verdict", asdict(gate.own)
-    if gate.own.status != "ok":
-        wrong.add(gate.own.mode)
-    for verdict in gate.verdicts(together, plan.modes):
-        yield "verdict", asdict(verdict)
-        if verdict.status != "ok":
-            wrong.add(verdict.mode)
+    right: list[tuple[Mode, Workload]] = []
+    for mode, workload in (*((mode, together) for mode in plan.modes), *peers(plan, alone)):
+        if isinstance(workload, str):
+            verdict: Verdict | None = Verdict(mode.name, plan.gate_mode.name, 1, "error", workload)
+        else:
+            verdict = gate.verdict(workload, mode)
+        if verdict is not None:
+            yield "verdict", asdict(verdict)
+        if not isinstance(workload, str) and (verdict or gate.own).status == "ok":
+            right.append((mode, workload))
     del gate
     free()
-    right = [mode for mode in plan.modes if mode.name not in wrong]
-    yield "right", [mode.name for mode in right]
-    for mode in right:
-        for row in _rows(plan, world, alone, together, mode):
+    yield "right", [mode.name for mode, _ in right]
+    for mode, workload in right:
+        for row in _rows(plan, world, alone, workload, mode):
             yield "row", row
 
 
@@ -103,7 +106,7 @@ def _row(plan: Plan, world: World, workload: Workload, mode: Mode, tokens: int, 
             raise
         row |= {"status": "out of memory" if is_out_of_memory(error) else "error", "detail": one_line(error)}
     finally:
-        workload.model.zero_grad(set_to_none=True)
+        workload.clear()
     free()  # here, where no traceback keeps the step's tensors any more
     if row["status"] != "ok":
         return row

@@ -37,6 +37,7 @@ class Plan:
     gate_tokens: int
     scan: str
     attend: str
+    peers: bool
     layout: LayoutKind
     repeats: int
     seconds: float

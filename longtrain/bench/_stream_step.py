@@ -15,6 +15,7 @@ from longtrain.bench._world import World
 from longtrain.cluster.resolve import ResolvedJob
 from longtrain.comm.group import Group
 from longtrain.core.kinds import LayoutKind
+from longtrain.core.labels import IGNORED_LABEL
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.core.targets import Targets
@@ -98,17 +99,29 @@ class Workload:
         sum_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None], group)
         return (group.all_reduce(loss) / count).item()
 
+    def clear(self) -> None:
+        """Forget the gradients."""
+        self.model.zero_grad(set_to_none=True)
+
+    def grads(self, length: int) -> dict[str, Tensor]:
+        """What `gradients` of so many tokens has found, by our parameters' names."""
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
     def _part(self, layout: SequenceLayout) -> tuple[Tensor, Tensor]:
-        """This rank's tokens and labels, [1, L], by chunk and slot."""
+        """This rank's tokens and labels, [1, L], by chunk and slot; the last token has no label, as in a text."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         vocabulary, rank = self.model.embedding.num_embeddings, self.handles.group.rank
         spans = [span for chunk in range(layout.num_chunks) for span in layout.spans(rank, chunk)]
 
         def draw() -> Tensor:
-            whole = torch.randint(vocabulary, (1, layout.length), generator=generator, device=self.device)
+            return torch.randint(vocabulary, (1, layout.length), generator=generator, device=self.device)
+
+        def own(whole: Tensor) -> Tensor:
             return whole if layout.num_ranks == 1 else torch.cat([whole[:, begin:end] for begin, end in spans], dim=1)
 
-        return draw(), draw()
+        tokens, labels = draw(), draw()
+        labels[:, -1] = IGNORED_LABEL
+        return own(tokens), own(labels)
 
     def _autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision != "float32")
@@ -136,7 +149,7 @@ def measure(step: Callable[[], float], workload: Workload, world: World, repeats
     """
     times: list[float] = []
     while len(times) <= repeats:
-        workload.model.zero_grad(set_to_none=True)
+        workload.clear()
         _start_memory(workload.device)
         world.barrier()
         world.synchronize()

@@ -31,8 +31,8 @@ class Table:
         self._columns = (*BEGIN, *ranks_column, *TIMES, *alone, *memory)
         self._console = wide_console((*BEGIN, *RANKS, *TIMES, *ALONE, *MEMORY))
 
-    def head(self, machine: dict[str, Any], plan: Plan, held: dict[str, Any]) -> None:
-        """What is measured, and where."""
+    def head(self, machine: dict[str, Any], plan: Plan, held: dict[str, Any], absent: str) -> None:
+        """What is measured, and where; `absent` is why StreamBP is not."""
         cuda, sizes = machine["device"] == "cuda", plan.sizes
         where = "" if cuda else " (CPU: times alone, its peak resident set being too coarse to tell memory)"
         ranks = "" if plan.ranks == 1 else f"{plan.ranks} ranks on "
@@ -44,6 +44,8 @@ class Table:
         )
         chunk, logits = format_token_count(sizes.chunk_tokens), format_token_count(plan.logit_tokens)
         self._console.print(f"one sequence, forward and backward; chunks of {chunk}, logits of {logits} tokens at once")
+        if absent:
+            self._console.print(f"StreamBP is not measured: {absent}")
         if plan.ranks > 1:
             self._console.print(
                 f"shared among the ranks: scan={plan.scan} attend={plan.attend} layout={plan.layout}; "

@@ -13,6 +13,9 @@ The modes are settings of `stream.*`:
 - `block1`, `block4` or any other number, `recurrent`, `all`: that for `stream.block_layers`, in chunks of time.
 - `-offload` behind any but `plain`: what waits for the backward pass is in the host's memory.
 
+Beside them `streambp`, where it is installed, computes the same weights' gradients (`_stream_peers`); it is compared
+like a mode, and what is wrong with it is told without failing the benchmark.
+
 Peak memory is what PyTorch's allocator has given out on the GPU at most during the step, parameters and gradients with
 it; "rest" is less both of these. Model operations are counted once, however often a mode computes them.
 
@@ -36,10 +39,11 @@ import torch
 from pydantic import AfterValidator, Field, PlainValidator
 
 from longtrain.bench._ranks import Entry, check_gpus, known_algorithms, launch, threads_of_a_rank
-from longtrain.bench._report import OneOrMore, Options, Report, pick_device
+from longtrain.bench._report import OneOrMore, Options, Report, installed, pick_device
 from longtrain.bench._stream_gate import Verdict
 from longtrain.bench._stream_measure import events, main
 from longtrain.bench._stream_modes import MODES, PLAIN, parse_mode
+from longtrain.bench._stream_peers import STREAMBP, missing
 from longtrain.bench._stream_plan import Plan, Sizes
 from longtrain.bench._stream_rows import Rows
 from longtrain.bench._stream_step import Precision
@@ -94,6 +98,8 @@ class Config(Options):
     """Algorithm of softmax layers on several ranks."""
     layout: LayoutKind = "zigzag"
     """Which tokens each of several ranks holds."""
+    peers: bool = True
+    """Whether StreamBP is measured as well, where it is installed, for softmax alone and one rank."""
     device: Literal["cuda", "cpu"] | None = None
     """None: CUDA where there is a GPU."""
     repeats: Annotated[int, Field(ge=1)] = 3
@@ -157,6 +163,7 @@ def make_plan(config: Config) -> Plan:
         gate_tokens=config.gate_tokens or min(sizes.tokens[0], GATE_TOKENS),
         scan=scan,
         attend=attend,
+        peers=config.peers,
         layout=config.layout,
         repeats=config.repeats,
         seconds=config.seconds,
@@ -179,12 +186,15 @@ def choose_sizes(config: Config, device: str) -> Sizes:
 def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Report, table: Table) -> bool:
     """Print and write what is found; returns whether a mode is wrong or has failed."""
     failed, memory, rows, verdicts = False, None, Rows(plan.ranks), list[dict[str, Any]]()
+    ours, modes = {mode.name for mode in plan.modes}, (*plan.modes, STREAMBP)
     for kind, content in source:
         match kind:
             case "held":
                 memory = content["device_bytes"]
                 report.set("held", content)
-                table.head(report.content["machine"], plan, content)
+                absent = missing(plan) if plan.peers else "not asked for"
+                report.set("peers", {STREAMBP.name: {"version": installed(STREAMBP.name), "missing": absent}})
+                table.head(report.content["machine"], plan, content, absent)
             case "verdict":
                 verdicts.append(content)
                 report.set("gate", {"mode": plan.gate_mode.name, "tokens": plan.gate_tokens, "verdicts": verdicts})
@@ -192,15 +202,15 @@ def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Re
             case "refused":
                 raise Refused(content)
             case "right":
-                failed |= len(content) < len(plan.modes)
+                failed |= any(name not in content for name in ours)
                 table.rows()
             case "row":
-                failed |= content["status"] == "error"
+                failed |= content["status"] == "error" and content["mode"] in ours
                 row = rows.add(content)
                 if memory is not None:
-                    report.set("fits", rows.fits(plan.modes, memory))
+                    report.set("fits", rows.fits(modes, memory))
                 report.add(row)
                 table.row(row)
     if memory is not None:
-        table.fits(rows.fits(plan.modes, memory), memory)
+        table.fits(rows.fits(modes, memory), memory)
     return failed
