@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from longtrain.core.errors import Refused
 from longtrain.data.manifest import EXAMPLES, ExamplesIndex
-from longtrain.data.source import Completion, Example
+from longtrain.data.records import shown
+from longtrain.data.source import LEAST_LOG_PROB, Completion, Example
 from longtrain.data.tokenization import Tokenizer, token_dtype
 from longtrain.data.writer import ArrowFile, StoreWriter, index_of
 
@@ -107,7 +108,14 @@ class ExamplesWriter:
         if not len(prompt) or not predicted:
             part = "completion" if len(prompt) else "prompt"
             raise Refused(f"{example.place}: the {part} has no token; give it at least one, or remove the row")
-        values = {**completion.values} | {name: total / predicted for name, total in completion.totals.items()}
+        values = {**completion.values}
+        for name, total in completion.totals.items():
+            values[name] = total / predicted
+            if values[name] <= LEAST_LOG_PROB:
+                raise Refused(
+                    f"{example.place}: {total:g} in '{name}' is no log-probability of {predicted} tokens, "
+                    f"which is above {LEAST_LOG_PROB:g} for each; mend the row or remove it"
+                )
         columns = tuple(values), tuple(completion.token_values)
         if self._file is None:
             self._columns = columns
@@ -136,7 +144,7 @@ class ExamplesWriter:
         bound = self._tokenizer.vocab_size
         wrong = next((token for token in given if not 0 <= token < bound), None)
         if wrong is not None:
-            raise Refused(f"{place}: {wrong} is no token id of data.tokenizer, which has {bound}; mend the row")
+            raise Refused(f"{place}: {shown(wrong)} is no token id of data.tokenizer, which has {bound}; mend the row")
         return np.array(given, token_dtype(bound))
 
     def _write(self, rows: list[list[np.ndarray]]) -> None:

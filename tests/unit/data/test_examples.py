@@ -18,6 +18,7 @@ from longtrain.data.prepare import open_corpus, prepare
 PAIR = {"prompt": "ask", "chosen": "good", "rejected": "bad!!"}
 REFERENCES = {"reference_chosen": -2.5, "reference_rejected": -6.0}
 ROLLOUT = {"prompt": "ask", "completion": [7, 8], "advantage": 0.5}
+SAMPLED = {"prompt": "ask", "completion": [7, 8], "group": 0, "reward": 0.5}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -151,11 +152,17 @@ def test_packing_fits():
         ("preference", PAIR | REFERENCES | {"reference_chosen": 0.5}, ["'reference_chosen'", "at most 0"]),
         ("preference", PAIR | REFERENCES | {"reference_chosen": float("nan")}, ["'reference_chosen'", "at most 0"]),
         ("preference", PAIR | REFERENCES, ["has the values side, reference_log_probs", "earlier rows have side;"]),
-        ("rollouts", {"prompt": "a", "completion": "b"}, ["no field 'group'"]),
-        ("rollouts", {"prompt": "a", "completion": "b", "group": 1}, ["no field 'reward'"]),
+        ("preference", PAIR | REFERENCES | {"reference_chosen": -1e300}, ["'reference_chosen'", "float32"]),
+        ("rollouts", SAMPLED, ["no field 'advantage', only prompt, completion, group, reward;"]),
+        ("rollouts", ROLLOUT | {"advantage": 1e39}, ["'advantage'", "no finite number of float32"]),
+        ("rollouts", ROLLOUT | {"old_log_probs": [-1e300, -1.0]}, ["'old_log_probs'", "at most 0 and above -1000"]),
+        (
+            "rollouts",
+            ROLLOUT | {"old_log_probs": [-1.0, -9999.0]},
+            ["'old_log_probs'", "as those of all sampled tokens"],
+        ),
         ("rollouts", ROLLOUT | {"advantage": "high"}, ["'advantage'", "no finite number"]),
         ("rollouts", ROLLOUT | {"advantage": 10**400}, ["'advantage'", "no finite number"]),
-        ("rollouts", {"prompt": "a", "completion": "b", "group": 1, "reward": 2}, ["group 1", "alone"]),
         ("rollouts", ROLLOUT | {"old_log_probs": [-1.0]}, ["the values advantage, old_log_probs"]),
     ],
 )
@@ -167,6 +174,77 @@ def test_refused_rows_are_named(corpus_of, tmp_path, source, row, words):
     assert f"{tmp_path / 'rows.jsonl'}:3: " in message and "\n" not in message
     assert all(word in message for word in words), message
     assert not list(tmp_path.glob("store*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "completion": "b", "group": 1}, ["no field 'reward', only prompt, completion, group;"]),
+        (SAMPLED | {"reward": 1e308}, ["'reward'", "no finite number of float32"]),
+        (SAMPLED | {"group": "g" * 100_000}, [f"group {'g' * 37}... is this completion alone in its file"]),
+        (SAMPLED | {"prompt": [1]}, ["group 0 has another prompt here than at ", "rows.jsonl:1; "]),
+        (ROLLOUT, ["has an 'advantage', but earlier rows have none"]),
+        ({"prompt": "a", "x" * 100_000: 1}, [f"no field 'group', only prompt, {'x' * 37}...;"]),
+    ],
+)
+def test_refused_rows_of_groups_are_named(corpus_of, tmp_path, row, words):
+    with pytest.raises(Refused) as caught:
+        corpus_of("rollouts", [SAMPLED, SAMPLED, row], 64)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'rows.jsonl'}:3: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_first_rollout_says_what_it_was_worth(corpus_of, suffix):
+    with pytest.raises(Refused, match=r"only prompt, note; give 'advantage', or 'reward' and 'group'$"):
+        corpus_of("rollouts", [{"prompt": "a", "note": "b"}], 64, suffix)
+
+
+def test_rewards_that_differ_by_rounding_are_equal(corpus_of):
+    rewards = {"a": [0.1, 0.1, 0.1], "b": [0.3, 0.3, 0.3, 0.1 + 0.2], "c": [0.0, 0.0], "d": [-1e6, -1e6 - 0.5]}
+    rows = [
+        {"prompt": [1], "completion": [2], "group": group, "reward": reward}
+        for group, all_of_it in rewards.items()
+        for reward in all_of_it
+    ]
+    _, _, columns = read_all(corpus_of("rollouts", rows, 64).window(0, 64))
+    assert not columns["advantage"].any()
+
+
+def test_groups_are_those_of_a_file(tmp_path, load_source, registry):
+    """Rounds of sampling number their groups from 0."""
+    folder = tmp_path / "rounds"
+    folder.mkdir()
+    for number, rewards in enumerate(((0, 1), (10, 20))):
+        rows = [{"prompt": [number], "completion": [7], "group": 0, "reward": reward} for reward in rewards]
+        write(folder / f"round{number}.jsonl", rows)
+    config = load_source("rollouts", path=folder, store=tmp_path / "store")
+    prepare(config, registry)
+    _, labels, columns = read_all(open_corpus(config, registry, 0, 16).window(0, 16))
+    assert sorted(columns["advantage"][labels != IGNORED_LABEL]) == [-1, -1, 1, 1]
+
+
+@pytest.mark.parametrize("source", ["preference", "rollouts"])
+def test_files_without_rows_are_refused(corpus_of, source):
+    with pytest.raises(Refused, match=rf"data={source}: there are no rows; give one"):
+        corpus_of(source, [], 64)
+
+
+def test_an_unknown_total_is_refused(corpus_of):
+    with pytest.raises(
+        Refused, match=r"rows\.jsonl:1: -9999 in 'reference_log_probs' is no log-probability of 5 tokens"
+    ):
+        corpus_of("preference", [PAIR | REFERENCES | {"reference_chosen": -9999.0}], 64)
+
+
+@pytest.mark.parametrize("source", ["preference", "parquet"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, load_source, registry, source):
+    name = "text" if source == "parquet" else "prompt"
+    table = pa.table([pa.array(["a"])] * 5, names=[name, "chosen", "rejected", name, "x"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(Refused, match=rf"rows\.parquet: 2 columns '{name}'; leave one of them"):
+        prepare(load_source(source, path=tmp_path / "rows.parquet", store=tmp_path / "store"), registry)
 
 
 @pytest.mark.parametrize(
