@@ -150,10 +150,11 @@ class ExamplesWriter:
     def _write(self, rows: list[list[np.ndarray]]) -> None:
         """As one record batch."""
         assert self._file is not None
+        for row in rows:  # and not by column: batches are cut by characters
+            self._content.update(b"".join(part.tobytes() for part in row))
         columns: list[np.ndarray | pa.Array] = []
         for number, parts in enumerate(zip(*rows, strict=True)):
             flat = np.concatenate(parts)
-            self._content.update(flat.data)
             if number < len(rows[0]) - len(self._columns[1]):
                 columns.append(flat)
             else:

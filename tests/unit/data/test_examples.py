@@ -9,11 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longtrain.core.errors import CorruptData, Refused
 from longtrain.core.labels import IGNORED_LABEL
+from longtrain.data.examples import ExamplesWriter
 from longtrain.data.packing import pack
 from longtrain.data.prepare import open_corpus, prepare
+from longtrain.data.source import Completion, Example
+from longtrain.data.tokenization import ByteTokenizer
+from longtrain.data.writer import StoreWriter
 
 PAIR = {"prompt": "ask", "chosen": "good", "rejected": "bad!!"}
 REFERENCES = {"reference_chosen": -2.5, "reference_rejected": -6.0}
@@ -101,7 +107,7 @@ def test_every_example_once_an_epoch_whole_and_in_an_order_of_the_seed(corpus_of
     sizes = {(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) + 2) for r in rows}
     assert max(sizes) <= 64
     orders = []
-    count = len(corpus._sequences)
+    count = corpus.num_tokens // 64
     total = sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) + 2 for r in rows)
     assert count <= 1.2 * total / 64, "packed closely"
     for epoch in range(2):
@@ -133,10 +139,46 @@ def test_slices_of_ranks_are_those_of_the_whole(corpus_of):
             assert column.tolist() == columns[name][begin:end].tolist()
 
 
+def test_equal_examples_have_equal_digests_however_they_are_batched(tmp_path):
+    def content(name: str, prompts: list[str | list[int]], batch: int) -> str:
+        (tmp_path / name).mkdir()
+        documents = StoreWriter(tmp_path / name, ByteTokenizer())
+        writer = ExamplesWriter(tmp_path / name, ByteTokenizer(), documents)
+        examples = [
+            Example((Completion(prompt, [7, 8], {"advantage": 0.5}, {}, {"old_log_probs": [-1.0, -2.0]}),), name, name)
+            for prompt in prompts
+        ]
+        for first in range(0, len(examples), batch):
+            writer.add(examples[first : first + batch])
+        index = writer.finish()
+        documents.close()
+        assert index is not None
+        return index.content
+
+    texts = content("texts", ["a", "bc", "d"], 3)
+    assert content("ids", [[97], [98, 99], [100]], 2) == texts
+    assert content("others", ["a", "b", "cd"], 3) != texts
+
+
 def test_packing_fits():
     lengths = np.array([5, 5, 5, 3, 3, 2, 10, 1])
-    sequences = pack(lengths, range(8), 10)
-    assert sequences == [[0, 1], [2, 3, 5], [4, 7], [6]]
+    packed, offsets = pack(lengths, np.arange(8), 10)
+    assert (packed.tolist(), offsets.tolist()) == ([0, 1, 2, 3, 5, 4, 7, 6], [0, 2, 5, 7, 8])
+
+
+@given(lengths=st.lists(st.integers(3, 40), min_size=1, max_size=200), seed=st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_packing_is_into_the_first_of_the_last_sequences_with_room(lengths, seed):
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    want: list[list[int]] = []
+    for example in order.tolist():
+        room = (s for s in want[-16:] if sum(lengths[n] for n in s) + lengths[example] <= 40)
+        sequence = next(room, None)
+        if sequence is None:
+            want.append(sequence := [])
+        sequence.append(example)
+    packed, offsets = pack(np.array(lengths), order, 40)
+    assert [part.tolist() for part in np.split(packed, offsets[1:-1])] == want
 
 
 @pytest.mark.parametrize(
