@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from longtrain.core.errors import CorruptData, Refused
 from longtrain.core.labels import IGNORED_LABEL
 from longtrain.data.examples import ExamplesWriter
-from longtrain.data.packing import pack
+from longtrain.data.packing import PackedCorpus, pack
 from longtrain.data.prepare import open_corpus, prepare
 from longtrain.data.source import Completion, Example
+from longtrain.data.store import TokenStore
 from longtrain.data.tokenization import ByteTokenizer
 from longtrain.data.writer import StoreWriter
 
@@ -327,3 +328,38 @@ def test_damage_is_found(corpus_of, tmp_path, load_source, registry):
     os.truncate(path, len(data) - 8)
     with pytest.raises(CorruptData, match=r"examples\.arrow: has \d+ bytes"):
         open_corpus(load_source("preference", store=corpus.store.folder), registry, 0, 64)
+
+
+def test_damaged_token_values_are_found_when_they_are_touched(corpus_of, monkeypatch):
+    monkeypatch.setattr("longtrain.data.prepare._BATCH_ITEMS", 5)
+    rows = [ROLLOUT | {"old_log_probs": [-number - 0.25, -number - 0.5]} for number in range(12)]
+    folder = corpus_of("rollouts", rows, 12).store.folder
+    path = folder / "token_values.arrow"
+    good = path.read_bytes()
+
+    def read() -> list[dict[str, list[float]]]:
+        corpus = PackedCorpus(TokenStore(folder), 0, 12)
+        windows = [corpus.window(position, 12) for position in range(0, corpus.num_tokens, 12)]
+        return [{name: x.tolist() for name, x in window.columns(0, 12).items()} for window in windows]
+
+    want = read()
+    refused = 0
+    for at in range(0, len(good), 9):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            assert read() == want
+        except CorruptData as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(good) / 9 / 4, "Arrow pads, and flips of padding are harmless"
+
+    path.write_bytes(good.replace(np.array([-8.25], "<f4").tobytes(), np.array([-8.5], "<f4").tobytes()))
+    examples = TokenStore(folder).examples
+    assert examples is not None and examples.token_values(7)["old_log_probs"].tolist() == [-7.25, -7.5]
+    with pytest.raises(
+        CorruptData, match=r"token_values\.arrow: row 3 of batch 1 does not match its checksum; delete "
+    ):
+        examples.token_values(8)
+    os.truncate(path, len(good) - 8)
+    with pytest.raises(CorruptData, match=r"token_values\.arrow: has \d+ bytes"):
+        TokenStore(folder)
