@@ -74,7 +74,7 @@ class Corpus:
         self.digest: str = manifest.content
         """Hexadecimal digest of all tokens and document boundaries; the seed is not in it."""
         self.num_tokens: int = manifest.num_tokens
-        """Tokens of an epoch, with an end-of-document token for each document."""
+        """Positions of an epoch: its tokens, with an end-of-document token for each document, and padding."""
         self.num_documents: int = manifest.num_documents
         self.unigram_entropy: float = manifest.unigram_entropy
         """Nats per token over the whole store."""

@@ -7,7 +7,8 @@ A store is a folder:
   end-of-document token, and may cross blocks and shards.
 * `documents.arrow`: offset (in tokens), length (with the end-of-document token) and origin of each document.
 * `blocks.arrow`: the CRC-32 of each block.
-* `examples.arrow`, where the documents are completions of prompts: see `longtrain.data.examples`.
+* `examples.arrow` and `token_values.arrow`, where the documents are completions of prompts: see
+  `longtrain.data.examples`.
 * `manifest.json`: written last, so that a folder without it is no store.
 """
 
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from longtrain.core.errors import CorruptData, Refused
@@ -25,7 +27,10 @@ MANIFEST = "manifest.json"
 DOCUMENTS = "documents.arrow"
 BLOCKS = "blocks.arrow"
 EXAMPLES = "examples.arrow"
+TOKEN_VALUES = "token_values.arrow"
 FORMAT: Literal["longtrain-tokens-1"] = "longtrain-tokens-1"
+UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
+"""What pyarrow raises for files that are not what they should be."""
 
 _PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -83,6 +88,8 @@ class ExamplesIndex(Index):
     """Columns with a number for each document."""
     token_values: tuple[_PlainName, ...]
     """Columns with a number for each predicted token."""
+    token_values_size: Annotated[int, Field(ge=0)]
+    """Of the file that holds them; 0 where there are none."""
 
 
 @dataclass(frozen=True)

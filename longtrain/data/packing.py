@@ -5,8 +5,6 @@ where none has, the oldest is closed and a new one opened. Sequences are laid en
 What an example leaves free at the end of its sequence is padding, which is a document of its own and has no label.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from longtrain.core.errors import Refused
@@ -30,26 +28,29 @@ class PackedCorpus(Corpus):
         self.digest = f"{self.digest}-{store.manifest.examples.content}"
         self.columns = ("example", "weight", *store.examples.columns)
         firsts = np.flatnonzero(np.diff(store.examples.example, prepend=-1))
-        self._bounds: list[int] = [*firsts.tolist(), len(store.lengths)]
+        self._bounds = np.append(firsts, len(store.lengths))
         lengths = np.add.reduceat(store.lengths, firsts)
         longest = int(lengths.argmax())
         if lengths[longest] > context_length:
-            origin = store.origin(self._bounds[longest])
+            origin = store.origin(int(firsts[longest]))
             raise Refused(
                 f"context_length={context_length}: example {origin} has {lengths[longest]} tokens, and none is cut; "
                 f"set context_length={lengths[longest]} or more, or remove it"
             )
-        self._sequences = pack(lengths, shuffled(len(lengths), seed, 0), context_length)
+        self._packed, self._offsets = pack(lengths, shuffled(len(lengths), seed, 0), context_length)
+        self._num_sequences = len(self._offsets) - 1
+        self.num_tokens = self._num_sequences * context_length
         self._orders: dict[int, np.ndarray] = {}
 
     def window(self, position: int, length: int) -> Window:
         """The sequence at `position`, a multiple of `length`, which is the context length."""
         if position < 0 or length != self._length or position % length:
             raise ValueError(f"window of {length} tokens at position {position}: sequences have {self._length}")
-        epoch, number = divmod(position // length, len(self._sequences))
+        epoch, number = divmod(position // length, self._num_sequences)
         if epoch not in self._orders:
-            self._orders = {epoch: shuffled(len(self._sequences), self._seed, epoch)}
-        numbers = self._sequences[self._orders[epoch][number]]
+            self._orders = {epoch: shuffled(self._num_sequences, self._seed, epoch)}
+        sequence = self._orders[epoch][number]
+        numbers = self._packed[self._offsets[sequence] : self._offsets[sequence + 1]]
         documents = np.concatenate([np.arange(self._bounds[n], self._bounds[n + 1]) for n in numbers])
         return PackedWindow(self.store, self._examples, documents, length)
 
@@ -100,18 +101,32 @@ class PackedWindow(Window):
         return piece, np.where((place >= 0) & (place < self._of.predicted[document]), place, -1)
 
 
-def pack(lengths: np.ndarray, order: Sequence[int] | np.ndarray, room: int) -> list[list[int]]:
-    """Which examples come into each sequence of `room` tokens; every length fits."""
-    needs = lengths.tolist()
-    sequences: list[list[int]] = []
+def pack(lengths: np.ndarray, order: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which examples come into each sequence of `room` tokens; every length fits, and there is at least one.
+
+    Int64 [num_examples], the examples by sequence, and [num_sequences + 1], where each sequence begins among them.
+    """
+    smallest = int(lengths.min())
+    count = 0
+    open_numbers: list[int] = []  # those of the last sequences that may still have room
     free: list[int] = []
-    for example in (int(number) for number in order):
-        first = max(0, len(sequences) - _OPEN_SEQUENCES)
-        found = next((s for s in range(first, len(sequences)) if free[s] >= needs[example]), None)
-        if found is None:
-            found = len(sequences)
-            sequences.append([])
-            free.append(room)
-        sequences[found].append(example)
-        free[found] -= needs[example]
-    return sequences
+    chosen = []
+    for need in lengths[order].tolist():
+        for at, left in enumerate(free):
+            if left >= need:
+                chosen.append(open_numbers[at])
+                free[at] = left - need
+                if free[at] < smallest:
+                    del open_numbers[at], free[at]
+                break
+        else:
+            if free and open_numbers[0] <= count - _OPEN_SEQUENCES:
+                del open_numbers[0], free[0]
+            chosen.append(count)
+            if room - need >= smallest:
+                open_numbers.append(count)
+                free.append(room - need)
+            count += 1
+    sequence = np.array(chosen)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(sequence))])
+    return order[np.argsort(sequence, kind="stable")], offsets

@@ -119,7 +119,12 @@ def _build(
                             writer.add(ids, document.origin)
                     progress(writer.num_documents, writer.num_tokens)
             if not writer.num_documents:
-                raise Refused(f"data={config.name}: every document is empty; give text with at least one token")
+                empty = (
+                    "there are no rows; give one"
+                    if hasattr(source, "examples")
+                    else "every document is empty; give text"
+                )
+                raise Refused(f"data={config.name}: {empty} with at least one token")
             if _recipe(config, tokenizer, source.inputs(config)) != recipe:
                 raise Refused("the input files changed while they were read; run `longtrain prepare` again")
             with _writing(folder):

@@ -1,32 +1,39 @@
 """Rows of JSON Lines and Parquet files, and what a source may ask of their fields."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longtrain.core.errors import Refused
-from longtrain.data.source import InputFile, decode_text, find_files
+from longtrain.data.source import LEAST_LOG_PROB, InputFile, decode_text, find_files
 
 RECORD_SUFFIXES = (".jsonl", ".parquet")
-_ROWS_PER_READ = 64
+_ROWS_PER_READ = 32
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A row. Its methods raise Refused, naming the row, for a field that is missing or of another type."""
+    """A row. Its methods raise Refused, naming the row, for a field that is missing (or null) or of another type."""
 
     values: dict[str, Any]
-    """Fields without a value (null) are left out."""
     place: str
     """For messages: `/data/part-3.jsonl:17`."""
     origin: str
     """Below the input folder: `part-3.jsonl:17`."""
+    unread: Sequence[str] = ()
+    """Names of columns that nobody asked for."""
+
+    def has(self, name: str) -> bool:
+        """Whether the field has a value."""
+        return self.values.get(name) is not None
 
     def tokens(self, name: str) -> str | list[int]:
         """Text, or a list of token ids."""
@@ -38,24 +45,28 @@ class Record:
         self._refuse(name, "neither text nor a list of token ids")
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """A number that float32 holds."""
         value = self._get(name)
         if not _is_number(value):
-            self._refuse(name, "no finite number")
+            self._refuse(name, "no finite number of float32")
         return float(value)
 
     def log_prob(self, name: str) -> float:
-        """A finite number, at most 0."""
+        """A number of float32, at most 0."""
         value = self._get(name)
-        if not _is_log_prob(value):
-            self._refuse(name, "no log-probability, a finite number of at most 0")
+        if not _is_number(value) or value > 0:
+            self._refuse(name, "no log-probability, a finite number of float32 that is at most 0")
         return float(value)
 
     def log_probs(self, name: str) -> list[float]:
-        """A list of finite numbers, at most 0."""
+        """A list of numbers above LEAST_LOG_PROB, at most 0."""
         value = self._get(name)
-        if not isinstance(value, list) or not all(map(_is_log_prob, value)):
-            self._refuse(name, "no list of log-probabilities, finite numbers of at most 0")
+        # NaN compares false.
+        if not isinstance(value, list) or not all(
+            type(item) in (int, float) and LEAST_LOG_PROB < item <= 0 for item in value
+        ):
+            bounds = f"at most 0 and above {LEAST_LOG_PROB:g}"
+            self._refuse(name, f"no list of log-probabilities, numbers {bounds}, as those of all sampled tokens are")
         return [float(item) for item in value]
 
     def key(self, name: str) -> str | int:
@@ -65,10 +76,14 @@ class Record:
             self._refuse(name, "neither text nor a whole number")
         return value
 
+    def refuse_missing(self, name: str, remedy: str = "add it or remove the row") -> NoReturn:
+        """Raise Refused for a field without a value, with the fields that have one."""
+        known = listed([*filter(self.has, self.values), *self.unread])
+        raise Refused(f"{self.place}: no field '{name}', only {known}; {remedy}")
+
     def _get(self, name: str) -> Any:
-        if name not in self.values:
-            known = ", ".join(list(self.values)[:8]) or "nothing"
-            raise Refused(f"{self.place}: no field '{name}', only {known}; add it or remove the row")
+        if not self.has(name):
+            self.refuse_missing(name)
         return self.values[name]
 
     def _refuse(self, name: str, problem: str) -> NoReturn:
@@ -84,51 +99,53 @@ def find_records(path: Path | None) -> list[InputFile]:
     return files
 
 
-def read_records(files: Sequence[InputFile], fields: Sequence[str]) -> Iterator[Record]:
+def read_records(files: Iterable[InputFile], fields: Sequence[str]) -> Iterator[Record]:
     """The rows of JSON Lines and Parquet files, of the latter the given columns as far as there are any.
 
     Raises Refused naming the file that cannot be used.
     """
     for file in files:
-        if file.path.suffix == ".parquet":
-            rows = parquet_rows(file, lambda schema: [name for name in fields if name in schema.names])
-        else:
-            rows = json_rows(file)
-        for row, place, origin in rows:
-            yield Record({name: value for name, value in row.items() if value is not None}, place, origin)
+        yield from parquet_records(file, fields) if file.path.suffix == ".parquet" else json_records(file)
 
 
-def json_rows(file: InputFile) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """The objects of a JSON Lines file, with the place and the origin of each; blank lines are passed over.
-
-    Raises Refused naming the line that is none.
-    """
+def json_records(file: InputFile) -> Iterator[Record]:
+    """The objects of a JSON Lines file; blank lines are passed over. Raises Refused naming the line that is none."""
     offset = 0
     try:
         with file.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     place = f"{file.path}:{number}"
-                    yield _object(decode_text(line, file.path, offset), place), place, f"{file.name}:{number}"
+                    yield Record(_object(decode_text(line, file.path, offset), place), place, f"{file.name}:{number}")
                 offset += len(line)
     except OSError as error:
         raise Refused(f"{file.path}: cannot be read ({error.strerror}); remove it or make it readable") from None
 
 
-def parquet_rows(
-    file: InputFile, choose: Callable[[pa.Schema], list[str]]
-) -> Iterator[tuple[dict[str, Any], str, str]]:
-    """The rows of a Parquet file, of the columns that `choose` names, with the place and the origin of each.
+def parquet_records(
+    file: InputFile, fields: Sequence[str], check: Callable[[pa.Schema], None] = lambda schema: None
+) -> Iterator[Record]:
+    """The rows of a Parquet file, of the columns `fields` as far as there are any; `check` may refuse its schema.
 
-    Raises Refused naming the file that cannot be read.
+    Raises Refused naming the file that cannot be read, or that has a column twice.
     """
     row = 0
     try:
         with pq.ParquetFile(file.path, page_checksum_verification=True) as parquet:
-            columns = choose(parquet.schema_arrow)
+            names = parquet.schema_arrow.names
+            columns = [name for name in fields if name in names]
+            twice = next((name for name in columns if names.count(name) > 1), None)
+            if twice is not None:
+                raise Refused(f"{file.path}: {names.count(twice)} columns '{shown(twice)}'; leave one of them")
+            check(parquet.schema_arrow)
+            unread = [name for name in names if name not in columns]
+            # A list is ten times as large as Python objects: those of one row are enough.
+            lists = any(pa.types.is_nested(parquet.schema_arrow.field(name).type) for name in columns)
+            together = 1 if lists else _ROWS_PER_READ
             for batch in parquet.iter_batches(batch_size=_ROWS_PER_READ, columns=columns):
-                for values in batch.to_pylist():
-                    yield values, f"{file.path}: row {row}", f"{file.name}:{row}"
+                pieces = (batch.slice(first, together) for first in range(0, len(batch), together))
+                for values in (row for piece in pieces for row in piece.to_pylist()):
+                    yield Record(values, f"{file.path}: row {row}", f"{file.name}:{row}", unread)
                     row += 1
             # Neither page headers nor the footer have checksums: damage there can look like fewer rows.
             groups = range(parquet.num_row_groups)
@@ -139,6 +156,17 @@ def parquet_rows(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         place = f"row {row} or later" if row else "not a readable Parquet file"
         raise Refused(f"{file.path}: {place} ({reason}); replace the file or remove it from data.path") from None
+
+
+def shown(value: str | int) -> str:
+    """For messages: the beginning of what a file says, in one line."""
+    text = repr(str(value)[:41])[1:-1]
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """For messages: the first of the fields of a row or a file."""
+    return ", ".join(map(shown, islice(names, 8))) or "nothing"
 
 
 def valid_text(text: str, name: str, place: str) -> str:
@@ -163,9 +191,4 @@ def _object(line: str, place: str) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    # An integer of hundreds of digits is no float.
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
-def _is_log_prob(value: Any) -> bool:
-    return _is_number(value) and value <= 0
+    return type(value) in (int, float) and abs(value) <= _LARGEST

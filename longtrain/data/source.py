@@ -22,6 +22,10 @@ from pathlib import Path
 
 from longtrain.core.errors import Refused
 
+LEAST_LOG_PROB = -1000.0
+"""Nats; the log-probability of every token is above. No token that was sampled has a probability of e^-1000, but where
+one is unknown, some servers write -9999."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -44,7 +48,7 @@ class Completion:
     values: Mapping[str, float] = field(default_factory=dict)
     """Of every predicted token."""
     totals: Mapping[str, float] = field(default_factory=dict)
-    """Of the completion as a whole, such as its log-probability: spread evenly over its tokens."""
+    """Log-probabilities of the completion as a whole, in nats: spread evenly over its tokens."""
     token_values: Mapping[str, list[float]] = field(default_factory=dict)
     """One for each predicted token."""
 

@@ -12,11 +12,9 @@ import pyarrow as pa
 
 from longtrain.core.errors import CorruptData
 from longtrain.data.examples import Examples, examples_schema
-from longtrain.data.manifest import BLOCKS, DOCUMENTS, EXAMPLES, Index, read_manifest, remedy
+from longtrain.data.manifest import BLOCKS, DOCUMENTS, EXAMPLES, TOKEN_VALUES, UNREADABLE, Index, read_manifest, remedy
 from longtrain.data.writer import BLOCKS_SCHEMA, DOCUMENTS_SCHEMA, tokens_schema
 
-_UNREADABLE = (pa.ArrowException, OSError, ValueError, KeyError, OverflowError)
-"""What pyarrow raises for files that are not what they should be."""
 _CACHED_BLOCKS = 4096
 """Views of blocks that are kept: a few hundred bytes each, the tokens stay in the page cache."""
 
@@ -95,7 +93,7 @@ class TokenStore:
             if len(column) != expected or column.null_count:
                 raise ValueError("another number of tokens")
             tokens = column.to_numpy(zero_copy_only=True)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._corrupt(path.name, f"block {index} is unreadable ({reason[:120]})")
         if not self._verified[block]:
@@ -131,7 +129,7 @@ class TokenStore:
                 self._corrupt(name, "does not match its digest")
             table = pa.ipc.open_file(data).read_all()
             table.validate(full=True)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._corrupt(name, f"is unreadable ({reason[:120]})")
         if not table.schema.equals(schema):
@@ -142,10 +140,12 @@ class TokenStore:
         index = self.manifest.examples
         if index is None:
             return None
-        table = self._read_index(EXAMPLES, index, examples_schema(index.values, index.token_values))
+        table = self._read_index(EXAMPLES, index, examples_schema(index.values))
+        if index.token_values:
+            self._check_size(TOKEN_VALUES, index.token_values_size)
         try:
-            return Examples(table, self.lengths)
-        except _UNREADABLE as error:
+            return Examples(self.folder, table, index.token_values, self.lengths)
+        except UNREADABLE as error:
             self._corrupt(EXAMPLES, f"is unreadable ({error})")
 
     def _check_index(self) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
 from longtrain.data.config import SourceConfig
-from longtrain.data.records import json_rows, valid_text
+from longtrain.data.records import Record, json_records, listed, valid_text
 from longtrain.data.source import Document, InputFile, find_files
 
 
@@ -33,17 +32,16 @@ def inputs(config: Config) -> list[InputFile]:
 def documents(config: Config) -> Iterator[Document]:
     """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     for file in inputs(config):
-        for row, place, origin in json_rows(file):
-            yield Document(_text(row, config.text_field, place), origin)
+        for record in json_records(file):
+            yield Document(_text(record, config.text_field), record.origin)
 
 
-def _text(row: dict[str, Any], field: str, place: str) -> str:
-    if field not in row:
-        known = ", ".join(list(row)[:8]) or "nothing"
-        raise Refused(f"{place}: no field '{field}', only {known}; set data.text_field")
-    text = row[field]
+def _text(record: Record, field: str) -> str:
+    if field not in record.values:
+        raise Refused(f"{record.place}: no field '{field}', only {listed(record.values)}; set data.text_field")
+    text = record.values[field]
     if not isinstance(text, str):
         raise Refused(
-            f"{place}: field '{field}' is {type(text).__name__}, not text; set data.text_field or mend the line"
+            f"{record.place}: field '{field}' is {type(text).__name__}, not text; set data.text_field or mend the line"
         )
-    return valid_text(text, field, place)
+    return valid_text(text, field, record.place)

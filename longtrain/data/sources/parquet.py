@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
 from longtrain.data.config import SourceConfig
-from longtrain.data.records import parquet_rows
+from longtrain.data.records import listed, parquet_records
 from longtrain.data.source import Document, InputFile, find_files
 
 
@@ -34,21 +34,17 @@ def inputs(config: Config) -> list[InputFile]:
 def documents(config: Config) -> Iterator[Document]:
     """The documents, in a fixed order. Raises Refused naming the file that cannot be used."""
     field = config.text_field
-
-    def choose(schema: pa.Schema, path: Path) -> list[str]:
-        _check_schema(schema, field, path)
-        return [field]
-
     for file in inputs(config):
-        for row, place, origin in parquet_rows(file, partial(choose, path=file.path)):
-            if row[field] is None:
-                raise Refused(f"{place} has no '{field}' (null); remove the row")
-            yield Document(row[field], origin)
+        check = partial(_check_schema, field=field, path=file.path)
+        for record in parquet_records(file, [field], check):
+            if not record.has(field):
+                raise Refused(f"{record.place} has no '{field}' (null); remove the row")
+            yield Document(record.values[field], record.origin)
 
 
 def _check_schema(schema: pa.Schema, field: str, path: Path) -> None:
-    if schema.names.count(field) != 1:
-        raise Refused(f"{path}: no column '{field}', only {', '.join(schema.names[:8])}; set data.text_field")
+    if field not in schema.names:
+        raise Refused(f"{path}: no column '{field}', only {listed(schema.names)}; set data.text_field")
     kind = schema.field(field).type
     text = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(text) or pa.types.is_large_string(text)):

@@ -43,6 +43,6 @@ def examples(config: Config) -> Iterator[Example]:
 
 
 def _completion(record: Record, side: str) -> Completion:
-    given = any(name in record.values for name in _REFERENCES.values())
+    given = any(map(record.has, _REFERENCES.values()))
     totals = {"reference_log_probs": record.log_prob(_REFERENCES[side])} if given else {}
     return Completion(record.tokens("prompt"), record.tokens(side), {"side": _SIDES[side]}, totals)

@@ -1,12 +1,14 @@
 """Completions that a policy sampled, with what they were worth: JSON Lines or Parquet files, a completion a row.
 
 Fields: `prompt` and `completion`, each text or a list of token ids; `advantage`, or `reward` and `group` (text or a
-whole number, the same for all completions of a prompt): an advantage is then (reward - mean) / standard deviation of
-the group, over all files, and 0 where all its rewards are equal (Shao et al. 2024, section 4.1.2). In all rows or in
-none, `old_log_probs` and `reference_log_probs`: a list with a number for each token of the completion, in nats, under
-the policy that sampled it and under the reference model; one more for the end of document where the completion is text.
+whole number, the same for all completions of a prompt in a file): an advantage is then (reward - mean) / standard
+deviation of the group, and 0 where its rewards differ by rounding alone (Shao et al. 2024, section 4.1.2). In all rows
+or in none, `old_log_probs` and `reference_log_probs`: a list with a number for each token of the completion, in nats,
+under the policy that sampled it and under the reference model; one more for the end of document where the completion is
+text.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +18,14 @@ from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
 from longtrain.data.config import SourceConfig
-from longtrain.data.records import Record, find_records, read_records
+from longtrain.data.records import Record, find_records, read_records, shown
 from longtrain.data.source import Completion, Example, InputFile
 
 COLUMNS = ("advantage",)
 OPTIONAL_COLUMNS = ("old_log_probs", "reference_log_probs")
 _WORTH = ("advantage", "reward", "group")
+_ROUNDING = 1e-6
+"""Of the largest reward: those of a group that differ by no more are equal."""
 
 
 @dataclass(frozen=True)
@@ -42,33 +46,57 @@ def inputs(config: Config) -> list[InputFile]:
 def examples(config: Config) -> Iterator[Example]:
     """The completions, in a fixed order. Raises Refused naming the row that cannot be used."""
     files = inputs(config)
-    groups = _groups(read_records(files, _WORTH))
-    for record in read_records(files, ("prompt", "completion", *_WORTH, *OPTIONAL_COLUMNS)):
-        values = {"advantage": _advantage(record, groups)}
-        token_values = {name: record.log_probs(name) for name in OPTIONAL_COLUMNS if name in record.values}
-        completion = Completion(record.tokens("prompt"), record.tokens("completion"), values, {}, token_values)
-        yield Example((completion,), record.place, record.origin)
+    first = next(read_records(files, _WORTH), None)
+    if first is None:
+        return
+    given = first.has("advantage")
+    if not given and not (first.has("reward") and first.has("group")):
+        first.refuse_missing("advantage", "give 'advantage', or 'reward' and 'group'")
+    for file in files:
+        groups = {} if given else _groups(file)
+        for record in read_records([file], ("prompt", "completion", *_WORTH, *OPTIONAL_COLUMNS)):
+            advantage = record.number("advantage") if given else _advantage(record, groups)
+            token_values = {name: record.log_probs(name) for name in OPTIONAL_COLUMNS if record.has(name)}
+            values = {"advantage": advantage}
+            completion = Completion(record.tokens("prompt"), record.tokens("completion"), values, {}, token_values)
+            yield Example((completion,), record.place, record.origin)
 
 
-def _groups(records: Iterator[Record]) -> dict[str | int, tuple[float, float]]:
-    """Mean and standard deviation of the rewards of every group. Refuses groups of one, which compare with nothing."""
+def _groups(file: InputFile) -> dict[str | int, tuple[float, float]]:
+    """Mean and standard deviation of the rewards of every group; the latter is 0 where they differ by rounding alone.
+
+    Refuses groups of one, which compare with nothing, and of several prompts.
+    """
     rewards: dict[str | int, list[float]] = {}
-    places = {}
-    for record in records:
-        if "advantage" not in record.values:
-            group = record.key("group")
-            rewards.setdefault(group, []).append(record.number("reward"))
-            places[group] = record.place
+    firsts: dict[str | int, tuple[str, bytes]] = {}
+    for record in read_records([file], ("prompt", *_WORTH)):
+        if record.has("advantage"):
+            raise Refused(
+                f"{record.place}: has an 'advantage', but earlier rows have none; give it in all rows or none"
+            )
+        group = record.key("group")
+        prompt = hashlib.blake2b(repr(record.tokens("prompt")).encode(), digest_size=16).digest()
+        place, expected = firsts.setdefault(group, (record.place, prompt))
+        if prompt != expected:
+            raise Refused(
+                f"{record.place}: group {shown(group)} has another prompt here than at {place}; give every prompt of a "
+                "file a group of its own"
+            )
+        rewards.setdefault(group, []).append(record.number("reward"))
     for group, values in rewards.items():
         if len(values) == 1:
             raise Refused(
-                f"{places[group]}: group {group} is this completion alone; give it others or an advantage, or remove it"
+                f"{firsts[group][0]}: group {shown(group)} is this completion alone in its file; give it others or an "
+                "advantage, or remove it"
             )
-    return {group: (float(np.mean(values)), float(np.std(values))) for group, values in rewards.items()}
+    return {group: _statistics(np.array(values)) for group, values in rewards.items()}
+
+
+def _statistics(rewards: np.ndarray) -> tuple[float, float]:
+    equal = np.ptp(rewards) <= _ROUNDING * np.abs(rewards).max()
+    return float(rewards.mean()), 0.0 if equal else float(rewards.std())
 
 
 def _advantage(record: Record, groups: dict[str | int, tuple[float, float]]) -> float:
-    if "advantage" in record.values:
-        return record.number("advantage")
     mean, deviation = groups[record.key("group")]
     return (record.number("reward") - mean) / deviation if deviation else 0.0

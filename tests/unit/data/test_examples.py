@@ -9,15 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from longtrain.core.errors import CorruptData, Refused
 from longtrain.core.labels import IGNORED_LABEL
-from longtrain.data.packing import pack
+from longtrain.data.examples import ExamplesWriter
+from longtrain.data.packing import PackedCorpus, pack
 from longtrain.data.prepare import open_corpus, prepare
+from longtrain.data.source import Completion, Example
+from longtrain.data.store import TokenStore
+from longtrain.data.tokenization import ByteTokenizer
+from longtrain.data.writer import StoreWriter
 
 PAIR = {"prompt": "ask", "chosen": "good", "rejected": "bad!!"}
 REFERENCES = {"reference_chosen": -2.5, "reference_rejected": -6.0}
 ROLLOUT = {"prompt": "ask", "completion": [7, 8], "advantage": 0.5}
+SAMPLED = {"prompt": "ask", "completion": [7, 8], "group": 0, "reward": 0.5}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -100,7 +108,7 @@ def test_every_example_once_an_epoch_whole_and_in_an_order_of_the_seed(corpus_of
     sizes = {(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) + 2) for r in rows}
     assert max(sizes) <= 64
     orders = []
-    count = len(corpus._sequences)
+    count = corpus.num_tokens // 64
     total = sum(2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) + 2 for r in rows)
     assert count <= 1.2 * total / 64, "packed closely"
     for epoch in range(2):
@@ -132,10 +140,46 @@ def test_slices_of_ranks_are_those_of_the_whole(corpus_of):
             assert column.tolist() == columns[name][begin:end].tolist()
 
 
+def test_equal_examples_have_equal_digests_however_they_are_batched(tmp_path):
+    def content(name: str, prompts: list[str | list[int]], batch: int) -> str:
+        (tmp_path / name).mkdir()
+        documents = StoreWriter(tmp_path / name, ByteTokenizer())
+        writer = ExamplesWriter(tmp_path / name, ByteTokenizer(), documents)
+        examples = [
+            Example((Completion(prompt, [7, 8], {"advantage": 0.5}, {}, {"old_log_probs": [-1.0, -2.0]}),), name, name)
+            for prompt in prompts
+        ]
+        for first in range(0, len(examples), batch):
+            writer.add(examples[first : first + batch])
+        index = writer.finish()
+        documents.close()
+        assert index is not None
+        return index.content
+
+    texts = content("texts", ["a", "bc", "d"], 3)
+    assert content("ids", [[97], [98, 99], [100]], 2) == texts
+    assert content("others", ["a", "b", "cd"], 3) != texts
+
+
 def test_packing_fits():
     lengths = np.array([5, 5, 5, 3, 3, 2, 10, 1])
-    sequences = pack(lengths, range(8), 10)
-    assert sequences == [[0, 1], [2, 3, 5], [4, 7], [6]]
+    packed, offsets = pack(lengths, np.arange(8), 10)
+    assert (packed.tolist(), offsets.tolist()) == ([0, 1, 2, 3, 5, 4, 7, 6], [0, 2, 5, 7, 8])
+
+
+@given(lengths=st.lists(st.integers(3, 40), min_size=1, max_size=200), seed=st.integers(0, 9))
+@settings(max_examples=100, deadline=None)
+def test_packing_is_into_the_first_of_the_last_sequences_with_room(lengths, seed):
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    want: list[list[int]] = []
+    for example in order.tolist():
+        room = (s for s in want[-16:] if sum(lengths[n] for n in s) + lengths[example] <= 40)
+        sequence = next(room, None)
+        if sequence is None:
+            want.append(sequence := [])
+        sequence.append(example)
+    packed, offsets = pack(np.array(lengths), order, 40)
+    assert [part.tolist() for part in np.split(packed, offsets[1:-1])] == want
 
 
 @pytest.mark.parametrize(
@@ -151,11 +195,17 @@ def test_packing_fits():
         ("preference", PAIR | REFERENCES | {"reference_chosen": 0.5}, ["'reference_chosen'", "at most 0"]),
         ("preference", PAIR | REFERENCES | {"reference_chosen": float("nan")}, ["'reference_chosen'", "at most 0"]),
         ("preference", PAIR | REFERENCES, ["has the values side, reference_log_probs", "earlier rows have side;"]),
-        ("rollouts", {"prompt": "a", "completion": "b"}, ["no field 'group'"]),
-        ("rollouts", {"prompt": "a", "completion": "b", "group": 1}, ["no field 'reward'"]),
+        ("preference", PAIR | REFERENCES | {"reference_chosen": -1e300}, ["'reference_chosen'", "float32"]),
+        ("rollouts", SAMPLED, ["no field 'advantage', only prompt, completion, group, reward;"]),
+        ("rollouts", ROLLOUT | {"advantage": 1e39}, ["'advantage'", "no finite number of float32"]),
+        ("rollouts", ROLLOUT | {"old_log_probs": [-1e300, -1.0]}, ["'old_log_probs'", "at most 0 and above -1000"]),
+        (
+            "rollouts",
+            ROLLOUT | {"old_log_probs": [-1.0, -9999.0]},
+            ["'old_log_probs'", "as those of all sampled tokens"],
+        ),
         ("rollouts", ROLLOUT | {"advantage": "high"}, ["'advantage'", "no finite number"]),
         ("rollouts", ROLLOUT | {"advantage": 10**400}, ["'advantage'", "no finite number"]),
-        ("rollouts", {"prompt": "a", "completion": "b", "group": 1, "reward": 2}, ["group 1", "alone"]),
         ("rollouts", ROLLOUT | {"old_log_probs": [-1.0]}, ["the values advantage, old_log_probs"]),
     ],
 )
@@ -167,6 +217,77 @@ def test_refused_rows_are_named(corpus_of, tmp_path, source, row, words):
     assert f"{tmp_path / 'rows.jsonl'}:3: " in message and "\n" not in message
     assert all(word in message for word in words), message
     assert not list(tmp_path.glob("store*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "completion": "b", "group": 1}, ["no field 'reward', only prompt, completion, group;"]),
+        (SAMPLED | {"reward": 1e308}, ["'reward'", "no finite number of float32"]),
+        (SAMPLED | {"group": "g" * 100_000}, [f"group {'g' * 37}... is this completion alone in its file"]),
+        (SAMPLED | {"prompt": [1]}, ["group 0 has another prompt here than at ", "rows.jsonl:1; "]),
+        (ROLLOUT, ["has an 'advantage', but earlier rows have none"]),
+        ({"prompt": "a", "x" * 100_000: 1}, [f"no field 'group', only prompt, {'x' * 37}...;"]),
+    ],
+)
+def test_refused_rows_of_groups_are_named(corpus_of, tmp_path, row, words):
+    with pytest.raises(Refused) as caught:
+        corpus_of("rollouts", [SAMPLED, SAMPLED, row], 64)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'rows.jsonl'}:3: ") and "\n" not in message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_the_first_rollout_says_what_it_was_worth(corpus_of, suffix):
+    with pytest.raises(Refused, match=r"only prompt, note; give 'advantage', or 'reward' and 'group'$"):
+        corpus_of("rollouts", [{"prompt": "a", "note": "b"}], 64, suffix)
+
+
+def test_rewards_that_differ_by_rounding_are_equal(corpus_of):
+    rewards = {"a": [0.1, 0.1, 0.1], "b": [0.3, 0.3, 0.3, 0.1 + 0.2], "c": [0.0, 0.0], "d": [-1e6, -1e6 - 0.5]}
+    rows = [
+        {"prompt": [1], "completion": [2], "group": group, "reward": reward}
+        for group, all_of_it in rewards.items()
+        for reward in all_of_it
+    ]
+    _, _, columns = read_all(corpus_of("rollouts", rows, 64).window(0, 64))
+    assert not columns["advantage"].any()
+
+
+def test_groups_are_those_of_a_file(tmp_path, load_source, registry):
+    """Rounds of sampling number their groups from 0."""
+    folder = tmp_path / "rounds"
+    folder.mkdir()
+    for number, rewards in enumerate(((0, 1), (10, 20))):
+        rows = [{"prompt": [number], "completion": [7], "group": 0, "reward": reward} for reward in rewards]
+        write(folder / f"round{number}.jsonl", rows)
+    config = load_source("rollouts", path=folder, store=tmp_path / "store")
+    prepare(config, registry)
+    _, labels, columns = read_all(open_corpus(config, registry, 0, 16).window(0, 16))
+    assert sorted(columns["advantage"][labels != IGNORED_LABEL]) == [-1, -1, 1, 1]
+
+
+@pytest.mark.parametrize("source", ["preference", "rollouts"])
+def test_files_without_rows_are_refused(corpus_of, source):
+    with pytest.raises(Refused, match=rf"data={source}: there are no rows; give one"):
+        corpus_of(source, [], 64)
+
+
+def test_an_unknown_total_is_refused(corpus_of):
+    with pytest.raises(
+        Refused, match=r"rows\.jsonl:1: -9999 in 'reference_log_probs' is no log-probability of 5 tokens"
+    ):
+        corpus_of("preference", [PAIR | REFERENCES | {"reference_chosen": -9999.0}], 64)
+
+
+@pytest.mark.parametrize("source", ["preference", "parquet"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path, load_source, registry, source):
+    name = "text" if source == "parquet" else "prompt"
+    table = pa.table([pa.array(["a"])] * 5, names=[name, "chosen", "rejected", name, "x"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(Refused, match=rf"rows\.parquet: 2 columns '{name}'; leave one of them"):
+        prepare(load_source(source, path=tmp_path / "rows.parquet", store=tmp_path / "store"), registry)
 
 
 @pytest.mark.parametrize(
@@ -207,3 +328,38 @@ def test_damage_is_found(corpus_of, tmp_path, load_source, registry):
     os.truncate(path, len(data) - 8)
     with pytest.raises(CorruptData, match=r"examples\.arrow: has \d+ bytes"):
         open_corpus(load_source("preference", store=corpus.store.folder), registry, 0, 64)
+
+
+def test_damaged_token_values_are_found_when_they_are_touched(corpus_of, monkeypatch):
+    monkeypatch.setattr("longtrain.data.prepare._BATCH_ITEMS", 5)
+    rows = [ROLLOUT | {"old_log_probs": [-number - 0.25, -number - 0.5]} for number in range(12)]
+    folder = corpus_of("rollouts", rows, 12).store.folder
+    path = folder / "token_values.arrow"
+    good = path.read_bytes()
+
+    def read() -> list[dict[str, list[float]]]:
+        corpus = PackedCorpus(TokenStore(folder), 0, 12)
+        windows = [corpus.window(position, 12) for position in range(0, corpus.num_tokens, 12)]
+        return [{name: x.tolist() for name, x in window.columns(0, 12).items()} for window in windows]
+
+    want = read()
+    refused = 0
+    for at in range(0, len(good), 9):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
+        try:
+            assert read() == want
+        except CorruptData as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(good) / 9 / 4, "Arrow pads, and flips of padding are harmless"
+
+    path.write_bytes(good.replace(np.array([-8.25], "<f4").tobytes(), np.array([-8.5], "<f4").tobytes()))
+    examples = TokenStore(folder).examples
+    assert examples is not None and examples.token_values(7)["old_log_probs"].tolist() == [-7.25, -7.5]
+    with pytest.raises(
+        CorruptData, match=r"token_values\.arrow: row 3 of batch 1 does not match its checksum; delete "
+    ):
+        examples.token_values(8)
+    os.truncate(path, len(good) - 8)
+    with pytest.raises(CorruptData, match=r"token_values\.arrow: has \d+ bytes"):
+        TokenStore(folder)
