@@ -19,17 +19,9 @@ mypy
 if [ $# -gt 0 ]; then
     exec pytest "$@"
 fi
-# Tests that start no group of ranks and no cluster run two at a time. After them the end-to-end tests, which mostly wait
-# for processes to start, to be missed and to end, run beside those that compute on several ranks.
-alone=(tests/unit tests/architecture) waiting=(tests/e2e)
-log=$(mktemp)
-trap 'kill "${beside:-}" 2>/dev/null || true; rm -f "$log"' EXIT
+# Tests that start no group of ranks and no cluster run two at a time; the others, which measure times, one by one.
+alone=(tests/unit tests/architecture)
 status=0
 pytest -n 2 --dist loadfile "${alone[@]}" || status=$?
-pytest "${waiting[@]}" >"$log" 2>&1 &
-beside=$!
-others=("${alone[@]}" "${waiting[@]}")
-pytest "${others[@]/#/--ignore=}" || status=$?
-wait "$beside" || status=$?
-cat "$log"
+pytest "${alone[@]/#/--ignore=}" || status=$?
 exit "$status"
