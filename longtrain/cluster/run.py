@@ -53,7 +53,7 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
         check_weights(config.initial_weights, "initial_weights", config)
     prepare(config.data, registry, _say_progress())
     corpus = open_corpus(config.data, registry, config.seed, config.context_length)
-    check_columns(config, objective, corpus.columns)
+    check_columns(config, objective, corpus.columns, registry)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ just before its own. It never learns how many ranks there are.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
@@ -138,6 +139,8 @@ class Objective(ABC):
     """Names of what `metric_sums` finds: means over `count` that are told beside the loss."""
     columns: tuple[str, ...] = ()
     """Of `Targets`, those that it reads."""
+    instead: Mapping[str, str] = {}
+    """By column, what a user may do whose data do not have it."""
     reference: Path | None = None
     """The checkpoint of a frozen model, whose log-probabilities of the labels become the column
     `reference_log_probs`."""

@@ -186,7 +186,7 @@ def _object(line: str, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise Refused(f"{place}: not JSON ({error}); each line must be one JSON object") from None
     if not isinstance(value, dict):
-        raise Refused(f"{place}: not a JSON object; each line must be one, as in {{'text': '...'}}")
+        raise Refused(f"{place}: not a JSON object; each line must be one")
     return value
 
 

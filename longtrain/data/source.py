@@ -81,13 +81,13 @@ def find_files(path: Path | None, suffixes: Sequence[str] | None, skip: Collecti
     Raises Refused where the path is not set, is missing or cannot be listed, or where no file is left.
     """
     if path is None:
-        raise Refused("data.path is not set; give a file or a folder, as in data.path=texts/")
+        raise Refused("data.path is not set; give a file or a folder")
     path = path.expanduser()
     if path.is_file():
         return [_input_file(path.parent, path)]
     if not path.is_dir():
         problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise Refused(f"data.path={path} {problem}; give a file or a folder of text")
+        raise Refused(f"data.path={path} {problem}; give a file or a folder")
     found = []
     for folder, subfolders, names in os.walk(path, onerror=_refuse_unreadable):
         subfolders[:] = [name for name in subfolders if not name.startswith(".") and name not in skip]

@@ -6,6 +6,7 @@ model, less the same of the rejected one: a function of sums over tokens.
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import torch
@@ -37,6 +38,7 @@ class Objective(contracts.Objective):
     linear = False
     metrics = ("accuracy", "margin")
     unit = "nats/pair"
+    instead = MappingProxyType({"reference_log_probs": "set objective.reference to the folder of a checkpoint"})
 
     def __init__(self, config: Config) -> None:
         self.config, self.reference = config, config.reference

@@ -7,6 +7,7 @@ reference model (Schulman 2020). Tokens are averaged over their completion, comp
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated
 
 import torch
@@ -34,7 +35,8 @@ class Config:
     reference: Path | None
     """The checkpoint of the reference model; null: the data have its log-probabilities, where they are needed."""
     on_policy: bool
-    """Whether the weights being trained sampled the rollouts: ratios are 1, and data need not say what they were."""
+    """Whether the weights being trained sampled the rollouts: ratios are 1, and data need not say what they were. True
+    for the first step on fresh rollouts; after it the weights are others."""
 
     def __post_init__(self) -> None:
         if self.reference is not None and not self.kl_coefficient:
@@ -45,6 +47,12 @@ class Objective(contracts.Objective):
     """See `core.contracts.Objective`; an example is a completion."""
 
     unit = "advantage/completion"
+    instead = MappingProxyType(
+        {
+            "old_log_probs": "set objective.on_policy=true if they are fresh from the weights that are trained",
+            "reference_log_probs": "set objective.reference to the folder of a checkpoint, or kl_coefficient=0",
+        }
+    )
 
     def __init__(self, config: Config) -> None:
         self.config, self.reference = config, config.reference

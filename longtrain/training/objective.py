@@ -45,13 +45,15 @@ def check_objective(config: TrainingConfig, registry: Registry) -> None:
         raise Refused(f"{name} does not read the column '{unread[0]}' of {source}; choose an objective that does")
 
 
-def check_columns(config: TrainingConfig, objective: "Objective", columns: Sequence[str]) -> None:
+def check_columns(config: TrainingConfig, objective: "Objective", columns: Sequence[str], registry: Registry) -> None:
     """Raises Refused where the prepared data lack what may be left out but this objective needs."""
     missing = [column for column in objective.columns if column not in columns]
     if missing:
+        fields = getattr(registry.load("data.sources", config.data.name), "FIELDS", {})
+        remedy = objective.instead.get(missing[0], "choose another objective")
         raise Refused(
-            f"objective={config.objective.name} needs '{missing[0]}', which the rows of data={config.data.name} do not "
-            "give; add it to all of them, or change the objective's settings"
+            f"objective={config.objective.name} needs {fields.get(missing[0], missing[0])}, which the rows of "
+            f"data={config.data.name} do not give; add it to all of them, or {remedy}"
         )
 
 

@@ -23,7 +23,7 @@ from longtrain.model.build import build_handles, build_model
 from longtrain.model.model import Model
 from longtrain.sequence_parallel.choice import Choice
 from longtrain.streaming.stream import Stream
-from longtrain.telemetry.events import Started
+from longtrain.telemetry.events import Started, Warned
 from longtrain.telemetry.lock import RunLock
 from longtrain.telemetry.records import RunRecords
 from longtrain.training.batch import BatchReader, BatchSizes, Cut
@@ -68,7 +68,7 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
         with RunLock(directory).acquire(LOCK_TIMEOUT_SECONDS) if mesh.is_writer else nullcontext():
             corpus = open_corpus(config.data, registry, config.seed, config.context_length)
             objective = make_objective(config, registry)
-            check_columns(config, objective, corpus.columns)
+            check_columns(config, objective, corpus.columns, registry)
             model = build_model(config.model, config.mixer.options, corpus.vocab_size, config.seed, registry)
             model.to(device)
             engine = ReplicatedEngine(model, config.engine, config.optimizer, config.steps, mesh.world)
@@ -82,6 +82,8 @@ def run_rank(config: TrainingConfig, listener: Listener, timeout: timedelta = CO
             if start.path is None and config.initial_weights is not None:
                 load_weights(config.initial_weights, "initial_weights", model, config, corpus, store)
             if mesh.is_writer:
+                if config.stream.offload == "host" and device.type == "cpu":
+                    listener.event(Warned("stream.offload=host saves nothing on CPUs, whose memory is the host's"))
                 listener.event(_started(config, start, mesh, model, corpus, objective, backend, choices))
             handles = build_handles(algorithms, backend, mesh.sequence, device, registry)
             stream = Stream(model, handles, objective, config.stream, partial(engine.autocast, device))

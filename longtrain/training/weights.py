@@ -56,5 +56,8 @@ def load_weights(
 def _check_model(metadata: Mapping[str, Any], path: Path, key: str, config: TrainingConfig) -> None:
     asked = model_identity(config)
     trained = {name: metadata["identity"][name] for name in asked}
-    for setting, theirs, ours in differences(trained, asked):
+    # What the layers are before what they are made of.
+    for setting, theirs, ours in (
+        d for name in ("model", "mixer") for d in differences(trained[name], asked[name], name)
+    ):
         raise Refused(f"{key}={path} was trained with {setting}={theirs}, not {ours}; give one of this model")

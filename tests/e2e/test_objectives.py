@@ -60,7 +60,8 @@ def test_objectives_and_data_that_do_not_go_together(
 def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: Path, refused: Refusal) -> None:
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     line = refused("train", "objective=dpo", "data=preference", "data.path=pairs.jsonl")
-    assert "needs 'reference_log_probs', which the rows of data=preference do not give" in line
+    assert "needs reference_chosen and reference_rejected, which the rows of data=preference do not give" in line
+    assert "or set objective.reference to the folder of a checkpoint" in line
     assert not (tmp_path / "runs").exists()
 
 

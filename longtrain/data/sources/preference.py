@@ -16,6 +16,7 @@ from longtrain.data.records import Record, find_records, read_records
 from longtrain.data.source import Completion, Example, InputFile
 
 COLUMNS = ("side",)
+FIELDS = {"reference_log_probs": "reference_chosen and reference_rejected"}
 OPTIONAL_COLUMNS = ("reference_log_probs",)
 _SIDES = {"chosen": 1.0, "rejected": -1.0}
 _REFERENCES = {side: f"reference_{side}" for side in _SIDES}
