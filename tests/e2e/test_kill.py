@@ -38,8 +38,11 @@ SLEEPER = '''
     class Objective(next_token.Objective):
         steps = 0
 
-        def sums(self, log_probs, targets):
+        def count(self, targets):
             self.steps += 1
+            return super().count(targets)
+
+        def sums(self, log_probs, targets):
             if self.steps == 5 and os.environ["RANK"] == "1" and not Path("has-slept").exists():
                 Path("has-slept").touch()
                 time.sleep(3600)
