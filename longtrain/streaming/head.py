@@ -32,7 +32,8 @@ class Piece:
 def pieces(targets: Targets, size: int) -> list[Piece]:
     """The tokens of [B, L] that have a label, at most `size` in each; one piece at least.
 
-    The host waits for the device: at the beginning of a step, when nothing is queued there, that costs nothing.
+    The host waits for the device: before the first batch of a step nothing is queued there, and a further batch begins
+    when the one before it has been computed.
     """
     flat = targets.flatten()
     index = (flat.labels != IGNORED_LABEL).nonzero()[:, 0]

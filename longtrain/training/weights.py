@@ -54,10 +54,7 @@ def load_weights(
 
 
 def _check_model(metadata: Mapping[str, Any], path: Path, key: str, config: TrainingConfig) -> None:
-    asked = model_identity(config)
-    trained = {name: metadata["identity"][name] for name in asked}
-    # What the layers are before what they are made of.
-    for setting, theirs, ours in (
-        d for name in ("model", "mixer") for d in differences(trained[name], asked[name], name)
-    ):
-        raise Refused(f"{key}={path} was trained with {setting}={theirs}, not {ours}; give one of this model")
+    asked, trained = model_identity(config), metadata.get("identity", {})
+    for part in ("model", "mixer"):  # what the layers are before what they are made of
+        for setting, theirs, ours in differences(trained.get(part), asked[part], part):
+            raise Refused(f"{key}={path} was trained with {setting}={theirs}, not {ours}; give one of this model")
