@@ -1,9 +1,8 @@
 """Which layers are streamed together."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 
 from torch import Tensor, nn
 
@@ -18,15 +17,9 @@ def cut(config: StreamConfig, growing: Sequence[bool]) -> list[range]:
     if size == "all":
         return [range(count)]
     if size == "recurrent":
-        return list(_runs(growing))
+        starts = [0, *(layer for layer in range(1, count) if growing[layer])]
+        return [range(first, end) for first, end in zip(starts, [*starts[1:], count], strict=True)]
     return [range(first, min(first + max(size, 1), count)) for first in range(0, count, max(size, 1))]
-
-
-def _runs(growing: Sequence[bool]) -> Iterator[range]:
-    """Neighbours that do not grow together, and each of the others alone."""
-    for alone, layers in groupby(range(len(growing)), key=lambda layer: growing[layer]):
-        found = list(layers)
-        yield from (range(layer, layer + 1) for layer in found) if alone else [range(found[0], found[-1] + 1)]
 
 
 @dataclass(frozen=True)
@@ -41,6 +34,11 @@ class LayerBlock:
         for module in self._modules():
             x = module(x) if isinstance(module, nn.Embedding) else module(x, sequence)
         return x
+
+    @property
+    def name(self) -> str:
+        """Which layers it has."""
+        return f"layers {self.layers.start}-{self.layers.stop - 1}"
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:

@@ -21,9 +21,9 @@ class StreamConfig:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     block_layers: Annotated[int | Literal["recurrent", "all"], PlainValidator(_block_layers)]
-    """Layers that are streamed together; their inputs are kept, and what is inside is computed again. recurrent: runs
-    of recurrent layers, and every softmax layer alone. all: nothing is kept but what crosses chunks. 0: gradient
-    checkpointing, which is 1 for whole sequences."""
+    """Layers that are streamed together; their inputs are kept, and what is inside is computed again. recurrent: a
+    softmax layer, whose keys and values are a projection of what is kept, with the recurrent layers behind it. all:
+    nothing is kept but what crosses chunks. 0: gradient checkpointing, which is 1 for whole sequences."""
     chunk_tokens: TokenCount | None
     """Tokens of a sequence, over all its ranks, that a block computes at a time; None: all."""
     logit_tokens: Annotated[int, Field(ge=1)]

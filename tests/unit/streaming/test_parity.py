@@ -110,7 +110,7 @@ def test_logits_of_the_whole_sequence_never_exist(monkeypatch: pytest.MonkeyPatc
         (2, [(0, 2), (2, 4), (4, 5)]),
         (9, [(0, 5)]),
         ("all", [(0, 5)]),
-        ("recurrent", [(0, 2), (2, 3), (3, 4), (4, 5)]),
+        ("recurrent", [(0, 2), (2, 3), (3, 5)]),
     ],
 )
 def test_blocks(block_layers: Blocks, want: list[tuple[int, int]]) -> None:
