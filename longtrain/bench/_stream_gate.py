@@ -31,9 +31,10 @@ ROUNDINGS = 2.0
 LOSS_SHARE = 0.05
 """Of the bound on gradients, for the loss: roundings cancel in a mean over thousands of tokens."""
 CHUNKS, LOGIT_PARTS = 5, 3  # at least, of the short sequence
+LOSS, TOGETHER = "loss", "all gradients"
 
 Found = dict[str, Tensor]
-"""Gradients by parameter, and the loss as `loss`."""
+"""Gradients by parameter, and the loss as LOSS."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Verdict:
     """What is nearest to its bound."""
     error: float = math.nan
     bound: float = math.nan
+    together: float = math.nan
+    """The error of all gradients as one vector."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,13 @@ class Gate:
             detail="" if finite else f"{worst}: NaN",
             worst=worst,
             error=noise[worst],
+            together=noise[TOGETHER],
         )
         self.own = _worst(world, own)
         """Its distance from float32."""
         floor = BOUNDS[torch.float32 if alone.precision == "float32" else torch.bfloat16]
         self._bounds = {
-            name: max(floor * (LOSS_SHARE if name == "loss" else 1.0), ROUNDINGS * value)
-            for name, value in noise.items()
+            name: max(floor * (LOSS_SHARE if name == LOSS else 1.0), ROUNDINGS * value) for name, value in noise.items()
         }
 
     def verdict(self, workload: Workload, mode: Mode) -> Verdict | None:
@@ -149,7 +152,8 @@ class Gate:
         most, bound = errors[worst], bounds[worst]
         right = most <= bound
         detail = "" if right else f"{worst}: error {most:.1e}, bound {bound:.1e}"
-        return Verdict(mode.name, short.mode.name, ranks, "ok" if right else "failed", detail, worst, most, bound)
+        status, together = "ok" if right else "failed", errors[TOGETHER]
+        return Verdict(mode.name, short.mode.name, ranks, status, detail, worst, most, bound, together)
 
 
 def _worst(world: World, verdict: Verdict) -> Verdict:
@@ -173,10 +177,10 @@ def _in_float32(workload: Workload, tokens: int, config: StreamConfig) -> Found:
 
 def _found(workload: Workload, tokens: int, config: StreamConfig) -> Found:
     workload.clear()
-    loss = workload.gradients(tokens, config)
+    loss = workload.gradients(tokens, config).loss
     found = workload.grads(tokens)
     workload.clear()
-    return found | {"loss": torch.tensor(loss, dtype=torch.float64, device=workload.device)}
+    return found | {LOSS: torch.tensor(loss, dtype=torch.float64, device=workload.device)}
 
 
 def _on_host(found: Found) -> Found:
@@ -185,5 +189,12 @@ def _on_host(found: Found) -> Found:
 
 
 def _errors(got: Found, want: Found) -> dict[str, float]:
-    """By name; `want` may wait elsewhere."""
-    return {name: relative_error(got[name], x.to(got[name].device).double()) for name, x in want.items()}
+    """By name, and of all gradients TOGETHER; `want` may wait elsewhere."""
+    errors, missed, whole = dict[str, float](), 0.0, 0.0
+    for name, x in want.items():
+        exact = x.to(got[name].device).double()
+        errors[name] = relative_error(got[name], exact)
+        if name != LOSS:
+            size = float(exact.norm())
+            missed, whole = missed + (errors[name] * size) ** 2, whole + size**2
+    return errors | {TOGETHER: math.sqrt(missed / whole) if whole else 0.0}

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from longtrain.bench._report import installed, one_line
 from longtrain.bench._stream_modes import Mode
 from longtrain.bench._stream_plan import Plan
-from longtrain.bench._stream_step import Workload
+from longtrain.bench._stream_step import Step, Workload
 from longtrain.core.layout import SequenceLayout
 from longtrain.mixers import softmax
 from longtrain.model.config import ModelConfig, parse_pattern
 from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.kept import Watch
 
 STREAMBP = Mode("streambp", 1, chunked=True, whole_logits=False)
 _LONGEST = 2**31 - 1
@@ -50,8 +51,8 @@ class StreamBP(Workload):
         """In the parameters' own type."""
         return self.parameter_bytes
 
-    def gradients(self, length: int, config: StreamConfig) -> float:
-        """See `Workload.gradients`."""
+    def gradients(self, length: int, config: StreamConfig, watch: Watch | None = None) -> Step:
+        """See `Workload.gradients`; it tells no phases."""
         tokens, labels = self._part(SequenceLayout(length, 1, ((0,),)))
         # There the logits of a token are compared with the label of the next one, and the first label is not used.
         shifted = torch.cat([tokens[:, :1], labels[:, :-1]], dim=1)
@@ -66,7 +67,7 @@ class StreamBP(Workload):
                 output_hidden_states=False,
                 return_dict=True,
             )
-        return float(found.loss.item() * _all_over_labelled(length))
+        return Step(found.loss.item() * _all_over_labelled(length))
 
     def clear(self) -> None:
         """See `Workload.clear`."""

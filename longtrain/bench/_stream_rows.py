@@ -38,6 +38,10 @@ class Rows:
         """In order."""
         return [row for (name, size, _), row in self._rows.items() if (name, size) == (mode, ranks)]
 
+    def longest(self, modes: Iterable[Mode]) -> list[Row]:
+        """The last of every mode, of all ranks together."""
+        return [rows[-1] for mode in modes if (rows := self.of(mode.name, self._ranks))]
+
     def fits(self, modes: Iterable[Mode], memory_bytes: int) -> list[Row]:
         """Of all ranks together: see `extrapolate`."""
         found = (extrapolate(mode, self.of(mode.name, self._ranks), memory_bytes) for mode in modes)
@@ -45,18 +49,33 @@ class Rows:
 
 
 def extrapolate(mode: Mode, rows: list[Row], memory_bytes: int) -> Row | None:
-    """Bytes a token of a mode and the longest context that would fit; None where there are too few lengths."""
-    found = fit([(row["tokens"], row["peak_bytes"]) for row in rows])
-    if found is None:
+    """The longest context of a mode that would fit, and bytes a token of the phase of a step that fills the memory
+    there; None where there are too few lengths."""
+    lines = {name: found for name, points in _points(rows).items() if (found := fit(points)) is not None}
+    if not lines:
         return None
-    longest = found.longest(memory_bytes)
+    furthest = rows[-1]["tokens"]
+    # Where none ever fills the memory, the one that needs most at the longest context that was measured.
+    phase = min(lines, key=lambda name: (lines[name].longest(memory_bytes), -lines[name].at(furthest)))
+    found, longest = lines[phase], lines[phase].longest(memory_bytes)
     bounded = longest != float("inf")
     pinned = [(row["tokens"], row["host_bytes"]) for row in rows if row["host_bytes"] is not None]
     host = fit(pinned) if mode.offload == "host" else None
     return {
         "mode": mode.name,
+        "phase": phase,
         **asdict(found),
         "longest_tokens": longest if bounded else None,
         "host_bytes_per_token": None if host is None else host.bytes_per_token,
         "host_bytes_then": None if host is None or not bounded else host.at(longest),
     }
+
+
+def _points(rows: list[Row]) -> dict[str, list[tuple[int, int]]]:
+    """Tokens and peak bytes, by phase; rows of a mode have the same phases."""
+    points: dict[str, list[tuple[int, int]]] = {}
+    for row in rows:
+        beside = row["peak_bytes"] - max(phase["peak_bytes"] for phase in row["phases"]) if row["phases"] else 0
+        for phase in row["phases"]:
+            points.setdefault(phase["phase"], []).append((row["tokens"], phase["peak_bytes"] + beside))
+    return points

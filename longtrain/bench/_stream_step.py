@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from longtrain.bench._stream_memory import Phase, begin, highest, most
 from longtrain.bench._world import World
 from longtrain.cluster.resolve import ResolvedJob
 from longtrain.comm.group import Group
@@ -27,6 +28,7 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.handle import Algorithms, Handles
 from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.kept import Watch
 from longtrain.streaming.stream import Stream
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.backend import Backend, default_backend
@@ -34,6 +36,16 @@ from longtrain_kernels.backend import Backend, default_backend
 Precision = Literal["float32", "bfloat16", "bfloat16-parameters"]
 OBJECTIVE = next_token.Objective(next_token.Config("next_token"))
 _OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step says of itself."""
+
+    loss: float
+    """The mean."""
+    host_wait_seconds: float = 0.0
+    """Of this rank's device, for copies to and from the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,12 @@ class Figures:
     first_seconds: float
     """Of the first step, which compiles what this length needs; it is not counted unless it is the only one."""
     loss: float
+    host_wait_seconds: float
+    """Of the last step, and of the rank that waited longest."""
     peak_bytes: int | None
     """Of a device at most, with parameters and gradients; None on a CPU."""
+    phases: list[Phase]
+    """What made it; none on a CPU."""
     host_bytes: int | None
     """Of a rank's pinned memory at most, about; None on a CPU, and where PyTorch does not count it."""
 
@@ -82,22 +98,22 @@ class Workload:
         handles = build_handles(cut, self.handles.backend or default_backend(self.device), group, self.device, registry)
         return replace(self, handles=handles, layout=cut.layout)
 
-    def gradients(self, length: int, config: StreamConfig) -> float:
+    def gradients(self, length: int, config: StreamConfig, watch: Watch | None = None) -> Step:
         """Of a sequence of `length` random tokens with random labels, the same for all modes and numbers of ranks.
 
-        Adds them to the parameters' `grad`, where every rank has their sum over ranks, and returns the mean loss: the
-        device is done then. A collective call.
+        Adds them to the parameters' `grad`, where every rank has their sum over ranks; the device is done then. A
+        collective call.
         """
         group = self.handles.group
         layout = SequenceLayout(length, group.size, ((0,),), config.chunk_tokens, self.layout)
         tokens, labels = self._part(layout)
         targets = Targets(labels)
         count = group.all_reduce(OBJECTIVE.count(targets))
-        stream = Stream(self.model, self.handles, OBJECTIVE, config, self._autocast)
+        stream = Stream(self.model, self.handles, OBJECTIVE, config, self._autocast, watch=watch)
         [loss] = stream.backward(tokens, targets, layout, count)
         stream.deliver()
         sum_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None], group)
-        return (group.all_reduce(loss) / count).item()
+        return Step((group.all_reduce(loss) / count).item(), stream.host_wait_seconds())
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -142,41 +158,45 @@ def make_handles(device: torch.device, backend: Backend) -> Handles:
     return Handles(Algorithms(local.scan, local.attend), Group(0, 1), device, backend)
 
 
-def measure(step: Callable[[], float], workload: Workload, world: World, repeats: int, seconds: float) -> Figures:
+def measure(
+    step: Callable[[Watch | None], Step], workload: Workload, world: World, repeats: int, seconds: float
+) -> Figures:
     """Time a step `repeats` times after one that is not counted; one longer than `seconds` is the only one.
 
     All ranks of the world take it, from a barrier. Memory is that of the last step.
     """
+    device = workload.device
     times: list[float] = []
     while len(times) <= repeats:
         workload.clear()
-        _start_memory(workload.device)
+        phases = begin(device)
         world.barrier()
         world.synchronize()
         started = time.perf_counter()
-        loss = step()  # waits for the device
+        last = step(phases)  # waits for the device
         times.append(max(world.gather(time.perf_counter() - started)))
         if len(times) == 1 and times[0] > seconds:
             break
     counted = times[1:] or times
-    peak, host = (None if None in values else max(values) for values in zip(*world.gather(_memory(world)), strict=True))
-    return Figures(statistics.median(counted), len(counted), times[0], loss, peak, host)
-
-
-def _start_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.reset_peak_host_memory_stats()
-
-
-def _memory(world: World) -> tuple[int | None, int | None]:
-    """Peaks of the own device and of pinned memory since `_start_memory`."""
-    if world.device.type != "cuda":
-        return None, None
+    found = most(world.gather(phases.end() if phases else []))
+    peak = highest(found)
     # What ranks write into each other's memory is not the allocator's.
-    peak = torch.cuda.max_memory_allocated(world.device) + world.group.lane_bytes
-    return peak, torch.cuda.host_memory_stats().get("active_bytes.peak")
+    beside, pinned = max(world.gather(world.group.lane_bytes)), world.gather(_pinned(device))
+    return Figures(
+        seconds=statistics.median(counted),
+        repeats=len(counted),
+        first_seconds=times[0],
+        loss=last.loss,
+        host_wait_seconds=max(world.gather(last.host_wait_seconds)),
+        peak_bytes=None if peak is None else peak["peak_bytes"] + beside,
+        phases=found,
+        host_bytes=None if None in pinned else max(pinned),
+    )
+
+
+def _pinned(device: torch.device) -> int | None:
+    """Peak of this process's pinned memory since the step began."""
+    return torch.cuda.host_memory_stats().get("active_bytes.peak") if device.type == "cuda" else None
 
 
 def device_memory(device: torch.device) -> int | None:

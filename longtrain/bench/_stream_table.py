@@ -8,6 +8,7 @@ from rich.text import Text
 
 from longtrain.bench._rows import print_head, print_row, wide_console
 from longtrain.bench._stream_gate import Verdict
+from longtrain.bench._stream_memory import highest
 from longtrain.bench._stream_modes import CHECKPOINTING
 from longtrain.bench._stream_plan import Plan
 from longtrain.core.units import format_token_count
@@ -16,8 +17,30 @@ BEGIN = (("mode", 35), ("tokens", 7))
 TIMES = (("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
 RANKS = (("ranks", 5),)
 ALONE = (("/ 1 rank", 8), ("FLOP/s / 1", 10))
-MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("bytes/token", 12))
-FITS = (("mode", 35), ("bytes/token", 12), ("at 0, GiB", 10), ("longest", 12), ("host GiB then", 14))
+MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("host waits", 10), ("bytes/token", 12))
+FITS = (
+    ("mode", 35),
+    ("bytes/token", 12),
+    ("at 0, GiB", 10),
+    ("longest", 12),
+    ("host GiB then", 14),
+    ("decided by", 14),
+)
+HELD = {
+    "block_inputs": "block inputs",
+    "carries": "carries",
+    "keys_and_values": "keys, values",
+    "key_and_value_gradients": "their grads",
+    "parameter_gradients": "sums of grads",
+}
+CLASSES = (
+    ("mode", 35),
+    ("tokens", 7),
+    ("at the peak of", 16),
+    ("parameters", 10),
+    *((title, 13) for title in HELD.values()),
+    ("one chunk", 10),
+)
 GIB = 2**30
 
 
@@ -59,12 +82,12 @@ class Table:
         elif verdict.against == "float32":
             self._console.print(
                 f"gate at {format_token_count(tokens)} tokens: {verdict.mode} and float32 differ by "
-                f"{verdict.error:.1e} at most ({verdict.worst})"
+                f"{verdict.together:.1e}, {verdict.error:.1e} at most ({verdict.worst})"
             )
         else:
             self._console.print(
-                f"    {verdict.mode}: {verdict.error:.1e} from {verdict.against}, of {verdict.bound:.1e} "
-                f"({verdict.worst})"
+                f"    {verdict.mode}: {verdict.together:.1e} from {verdict.against}; nearest to its bound of "
+                f"{verdict.bound:.1e} is {verdict.worst}, {verdict.error:.1e}"
             )
 
     def rows(self) -> None:
@@ -89,6 +112,7 @@ class Table:
             _number(row["peak_bytes"], GIB, ".2f"),
             _number(row["rest_bytes"], GIB, ".2f"),
             _number(row["host_bytes"], GIB, ".2f"),
+            _number(row["host_wait_seconds"], 1, ".2f"),
             _number(row["bytes_per_token"], 1, ",.0f"),
         ]
         print_row(self._console, [*begin, *figures[: len(self._columns) - len(begin)]], self._columns, 2)
@@ -97,7 +121,7 @@ class Table:
         """Where the rows lead to."""
         self._console.print(
             f"\nleast squares over the longer half of each mode's lengths, and the longest context in "
-            f"{memory_bytes / GIB:.4g} GiB that they lead to (an extrapolation):"
+            f"{memory_bytes / GIB:.4g} GiB that they lead to (an extrapolation), with the part of a step that fills it:"
         )
         print_head(self._console, FITS, 1)
         for found in fits:
@@ -107,8 +131,22 @@ class Table:
                 f"{found['fixed_bytes'] / GIB:.2f}",
                 spell_longest(found["longest_tokens"]),
                 _number(found["host_bytes_then"], GIB, ".1f"),
+                found["phase"],
             ]
             print_row(self._console, cells, FITS, 1)
+
+    def classes(self, rows: Sequence[dict[str, Any]], parameter_bytes: int) -> None:
+        """What the memory of some rows is made of. The rest is a chunk's graph, its logits and what kernels use."""
+        self._console.print("\nGiB by what they are, where a step needs most:")
+        print_head(self._console, CLASSES, 3)
+        for row in rows:
+            top = highest(row["phases"])
+            if top is None or top["held"] is None:
+                continue
+            held = [top["held"][name] for name in HELD]
+            sizes = [parameter_bytes, *held, top["peak_bytes"] - parameter_bytes - sum(held)]
+            cells = [row["mode"], format_token_count(row["tokens"]), top["phase"]]
+            print_row(self._console, [*cells, *(f"{size / GIB:.3g}" for size in sizes)], CLASSES, 3)
 
 
 def spell_longest(tokens: float | None) -> str:

@@ -186,11 +186,12 @@ def choose_sizes(config: Config, device: str) -> Sizes:
 def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Report, table: Table) -> bool:
     """Print and write what is found; returns whether a mode is wrong or has failed."""
     failed, memory, rows, verdicts = False, None, Rows(plan.ranks), list[dict[str, Any]]()
+    parameters = 0
     ours, modes = {mode.name for mode in plan.modes}, (*plan.modes, STREAMBP)
     for kind, content in source:
         match kind:
             case "held":
-                memory = content["device_bytes"]
+                memory, parameters = content["device_bytes"], content["parameter_bytes"]
                 report.set("held", content)
                 absent = missing(plan) if plan.peers else "not asked for"
                 report.set("peers", {STREAMBP.name: {"version": installed(STREAMBP.name), "missing": absent}})
@@ -213,4 +214,5 @@ def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Re
                 table.row(row)
     if memory is not None:
         table.fits(rows.fits(modes, memory), memory)
+        table.classes(rows.longest(modes), parameters)
     return failed

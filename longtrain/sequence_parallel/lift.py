@@ -100,6 +100,11 @@ class Coming:
     def __init__(self, tensor: Tensor, done: torch.cuda.Event | None, lift: Lift) -> None:
         self._tensor, self._done, self._lift = tensor, done, lift
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return self._tensor.nbytes
+
     def wait(self) -> Tensor:
         """On a GPU the stream waits, not the host."""
         done, self._done = self._done, None

@@ -85,6 +85,12 @@ class Prefix:
                 store.prefetch(rows.end, rows.end)
         return own[0], own[1]
 
+    @property
+    def device_bytes(self) -> tuple[int, int]:
+        """Of keys and values, and of the sums of their gradients, on the device."""
+        kept, sums = (sum(store.device_bytes for store in pair) for pair in (self._kept, self._sums))
+        return kept, sums
+
     def _store(self) -> RowStore:
         return DeviceRows() if self._lift is None else HostRows(self._lift)
 
@@ -108,6 +114,12 @@ class Prefixes:
     def wanted(self) -> bool:
         """Whether there are layers to be filled."""
         return self._filled > 0
+
+    @property
+    def device_bytes(self) -> tuple[int, int]:
+        """Of keys and values, and of the sums of their gradients, on the device."""
+        found = [prefix.device_bytes for prefix in self._prefixes]
+        return sum(kept for kept, _ in found), sum(sums for _, sums in found)
 
     def at(self, layer: int) -> Prefix:
         """Of the next softmax layer, or of one before."""

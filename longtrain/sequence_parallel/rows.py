@@ -32,6 +32,11 @@ class RowStore(Protocol):
         """Add [B, end, ...] to sums in this type, zero at first; returns those of [begin, end), not kept any more."""
         ...
 
+    @property
+    def device_bytes(self) -> int:
+        """What is kept on the device."""
+        ...
+
 
 class DeviceRows:
     """In one tensor, where they come from."""
@@ -64,6 +69,11 @@ class DeviceRows:
             self._all = x.new_zeros(x.shape[0], rows.total, *x.shape[2:], dtype=dtype)
         self._all[:, : rows.end] += x
         return self._all[:, rows.begin : rows.end]
+
+    @property
+    def device_bytes(self) -> int:
+        """See `RowStore`."""
+        return 0 if self._all is None else self._all.nbytes
 
 
 class HostRows:
@@ -110,6 +120,11 @@ class HostRows:
             there = None if there is None else there[:, : rows.begin]
             self._pieces[0] = self._lift.down(total[:, : rows.begin], there)
         return total[:, rows.begin :]
+
+    @property
+    def device_bytes(self) -> int:
+        """See `RowStore`: what is on its way back."""
+        return 0 if self._soon is None else self._soon[1].nbytes
 
     def _get(self, count: int, room: int) -> Tensor:
         soon, self._soon = self._soon, None

@@ -9,7 +9,7 @@ from longtrain.sequence_parallel.lift import Coming, Lift
 
 
 class Shelf(Protocol):
-    """Tuples of tensors by chunk; each is put once, looked at in ascending order, and taken in descending order."""
+    """Tuples of tensors by chunk, looked at in ascending order and taken in descending order."""
 
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
         """Keep them; nobody changes them any more."""
@@ -20,7 +20,12 @@ class Shelf(Protocol):
         ...
 
     def take(self, chunk: int) -> tuple[Tensor, ...]:
-        """What was put there, and is not kept any more."""
+        """What was put there, and is not kept any more: others may be put in its place."""
+        ...
+
+    @property
+    def device_bytes(self) -> int:
+        """What is kept on the device."""
         ...
 
 
@@ -42,18 +47,29 @@ class DeviceShelf:
         """See `Shelf`."""
         return self._kept.pop(chunk)
 
+    @property
+    def device_bytes(self) -> int:
+        """See `Shelf`."""
+        return sum(x.nbytes for tensors in self._kept.values() for x in tensors)
+
 
 class HostShelf:
-    """In pinned memory of the host; they come back one chunk ahead."""
+    """In pinned memory of the host; they come back one chunk ahead.
+
+    What is put in the place of what was taken has its memory: an allocator would wait until the device has read that.
+    """
 
     def __init__(self, lift: Lift) -> None:
         self._lift = lift
         self._away: dict[int, tuple[Tensor, ...]] = {}
+        self._room: dict[int, tuple[Tensor, ...]] = {}
+        """Of what was taken."""
         self._soon: dict[int, tuple[Coming, ...]] = {}
 
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
         """See `Shelf`."""
-        self._away[chunk] = tuple(self._lift.down(x) for x in tensors)
+        room = self._room.pop(chunk, (None,) * len(tensors))
+        self._away[chunk] = tuple(self._lift.down(x, there) for x, there in zip(tensors, room, strict=True))
 
     def look(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Shelf`."""
@@ -62,8 +78,13 @@ class HostShelf:
     def take(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Shelf`."""
         found = self._get(chunk, chunk - 1)
-        self._away.pop(chunk)
+        self._room[chunk] = self._away.pop(chunk)
         return found
+
+    @property
+    def device_bytes(self) -> int:
+        """See `Shelf`: what is on its way back."""
+        return sum(coming.nbytes for tensors in self._soon.values() for coming in tensors)
 
     def _get(self, chunk: int, following: int) -> tuple[Tensor, ...]:
         found = self._soon.pop(chunk, None) or self._fetch(chunk)

@@ -12,9 +12,8 @@ that is not the last needs keys and values again, which for one layer is a proje
 linear needs the last chunk of the last block too, and the head's part of a forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,22 +29,12 @@ from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.blocks import LayerBlock, blocks_of
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.head import Head, Piece, pieces
+from longtrain.streaming.kept import Kept, Watch, held
 from longtrain.streaming.shelf import DeviceShelf, Shelf, make_shelf
 from longtrain.streaming.sums import GradientSums
 
 GradOf = Callable[[Tensor, int], Tensor]
 """The gradient of the loss by a block's output for a chunk."""
-
-
-@dataclass
-class _Kept:
-    """Of a block, for its backward pass; shelves are by chunk."""
-
-    inputs: Shelf
-    """Tokens [B, L] of the first block, hidden states [B, L, D] of the others."""
-    carries: Shelf
-    """What came into a chunk; nothing for the first one."""
-    prefixes: Prefixes
 
 
 class Stream:
@@ -59,11 +48,13 @@ class Stream:
         config: StreamConfig,
         autocast: Callable[[], AbstractContextManager[object]],
         lift: Lift | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """`lift` is that of another stream, whose waits for the host count with this one's."""
         self._blocks = blocks_of(model, config)
         self._handles, self._objective, self._config, self._autocast = handles, objective, config, autocast
         self._lift = (lift or Lift(handles.device)) if config.offload == "host" else None
+        self._watch = watch
         self._sums = GradientSums(model.parameters())
         self._head = Head(model, objective, self._sums, autocast)
 
@@ -83,6 +74,7 @@ class Stream:
         parts = [slice(shard.own_rows.begin, shard.own_rows.end) for shard in shards]
         asked = [pieces(targets.part(part), self._config.logit_tokens) for part in parts]
         kept, sums = self._forward_all([tokens[:, part] for part in parts], asked, shards)
+        self._tell("forward", [], kept)
         if not self._objective.linear:
             total = self._handles.group.all_reduce(torch.stack(sums).sum(0))
         else:
@@ -96,13 +88,16 @@ class Stream:
             return grad
 
         grad_of: GradOf = score
+        above: list[Shelf] = []
         for number in reversed(range(len(self._blocks))):
             block, of_block = self._blocks[number], kept.pop()
             self._refill(block, of_block, shards)
-            grads = self._backward(block, of_block, shards, grad_of, into_inputs=self._trains_below(number))
-            if grads is None:
+            into_inputs = self._trains_below(number)
+            for _ in self._backward(block, of_block, shards, grad_of, into_inputs):
+                self._tell(block.name, above, [of_block, *kept])
+            if not into_inputs:
                 break
-            grad_of = _taken(grads)
+            grad_of, above = _taken(of_block.inputs), [of_block.inputs]
         if self._objective.linear:
             return self._outcome(torch.stack(own).sum(0))
         # Every rank of the sequence knows the whole; it counts once.
@@ -117,6 +112,10 @@ class Stream:
     def host_wait_seconds(self) -> float:
         """How long the device stood still for copies to and from the host's memory since the last call."""
         return 0.0 if self._lift is None else self._lift.waited()
+
+    def _tell(self, phase: str, above: list[Shelf], kept: list[Kept]) -> None:
+        if self._watch is not None:
+            self._watch(phase, held(above, kept, self._sums))
 
     def _trains_below(self, number: int) -> bool:
         """Whether anything of the blocks before this one is not frozen."""
@@ -145,9 +144,9 @@ class Stream:
 
     def _forward_all(
         self, tokens: list[Tensor], asked: list[list[Piece]], shards: list[Shard]
-    ) -> tuple[list[_Kept], list[Tensor]]:
+    ) -> tuple[list[Kept], list[Tensor]]:
         """What the backward pass needs of every block, and what the objective sums over the chunks, if it must know."""
-        kept: list[_Kept] = []
+        kept: list[Kept] = []
         sums: list[Tensor] = []
         inputs = _tokens_on_a_shelf(tokens)
         for number, block in enumerate(self._blocks):
@@ -181,12 +180,12 @@ class Stream:
     def _outcome(self, sums: Tensor) -> Tensor:
         return torch.cat([self._objective.loss_sum(sums)[None], self._objective.metric_sums(sums)])
 
-    def _nothing_kept(self, inputs: Shelf) -> _Kept:
-        return _Kept(inputs, self._shelf(), Prefixes(self._lift))
+    def _nothing_kept(self, inputs: Shelf) -> Kept:
+        return Kept(inputs, self._shelf(), Prefixes(self._lift))
 
     @torch.no_grad()
     def _forward(
-        self, block: LayerBlock, kept: _Kept, shards: list[Shard], receive: Callable[[int, Tensor], None]
+        self, block: LayerBlock, kept: Kept, shards: list[Shard], receive: Callable[[int, Tensor], None]
     ) -> None:
         """Keep what crosses chunks; `receive` gets the number of every chunk and the block's output for it."""
         carries: list[Tensor] | None = None
@@ -201,7 +200,7 @@ class Stream:
             self._leave(shard)
 
     @torch.no_grad()
-    def _refill(self, block: LayerBlock, kept: _Kept, shards: list[Shard]) -> None:
+    def _refill(self, block: LayerBlock, kept: Kept, shards: list[Shard]) -> None:
         """Keys and values of all chunks but the last, which the backward pass begins with, if they are not there."""
         carries: list[Tensor] | None = None
         for shard in shards[:-1] if kept.prefixes.wanted else []:
@@ -213,20 +212,22 @@ class Stream:
         kept.prefixes.all_filled()
 
     def _backward(
-        self, block: LayerBlock, kept: _Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool
-    ) -> Shelf | None:
-        """Add the block's gradients to the sums; returns those of its inputs, if they are wanted."""
-        results = self._shelf()
+        self, block: LayerBlock, kept: Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool
+    ) -> Iterator[None]:
+        """Add the block's gradients to the sums, and put those of its inputs in their place if they are wanted.
+
+        Yields after every chunk.
+        """
         cotangents: list[Tensor] = []  # of what the chunk carries out; nothing reads that of the last chunk
         for shard in reversed(shards):
             grads, cotangents = self._backward_chunk(block, kept, shard, grad_of, into_inputs, cotangents)
             if into_inputs:
-                results.put(shard.chunk, grads)
+                kept.inputs.put(shard.chunk, grads)
             self._leave(shard)
-        return results if into_inputs else None
+            yield
 
     def _backward_chunk(
-        self, block: LayerBlock, kept: _Kept, shard: Shard, grad_of: GradOf, into_inputs: bool,
+        self, block: LayerBlock, kept: Kept, shard: Shard, grad_of: GradOf, into_inputs: bool,
         cotangents: list[Tensor],
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """The gradients of the inputs, one tensor or none, and of what came in from the chunk before.

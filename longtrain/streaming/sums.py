@@ -25,6 +25,11 @@ class GradientSums:
                 dtype = accumulator_dtype(grad.dtype)
                 self._sums[parameter] = grad.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the sums so far."""
+        return sum(x.nbytes for x in self._sums.values())
+
     def deliver(self) -> None:
         """Add the sums to the parameters' `grad`, as their hooks see it: once each, zeros where nothing was added."""
         for parameter in self._parameters:

@@ -17,7 +17,7 @@ from longtrain.bench._ranks import launch
 from longtrain.bench._sequence_parallel_cases import Case, Plan
 from longtrain.bench._sequence_parallel_problems import recurrence
 from longtrain.bench._stream_plan import Plan as StreamPlan
-from longtrain.bench._stream_step import Workload
+from longtrain.bench._stream_step import Step, Workload
 from longtrain.bench.sequence_parallel import Config, make_plan, run
 from longtrain.comm.group import Group
 from longtrain.core.errors import WorkerFailed
@@ -28,6 +28,7 @@ from longtrain.sequence_parallel.scan import all_gather
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming import stream as streaming
 from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.kept import Watch
 
 STREAM = ["device=cpu", "ranks=2", "gate_tokens=24", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 WORDS = ["device=cpu", "tokens=48", "heads=2", "width=8", "repeats=1", "seconds=0.001", "layers=[]", "attend=[]"]
@@ -110,10 +111,10 @@ def without_adjoints(rank: int, plan: StreamPlan, port: int, connection: Connect
     """Gradients that cross from a chunk to the one before are dropped; rank 1 has no room for 49 tokens."""
     right, gradients = streaming._gradients, Workload.gradients
 
-    def cramped(self: Workload, length: int, config: StreamConfig) -> float:
+    def cramped(self: Workload, length: int, config: StreamConfig, watch: Watch | None = None) -> Step:
         if rank == 1 and length == 49:
             raise torch.OutOfMemoryError("no room")
-        return gradients(self, length, config)
+        return gradients(self, length, config, watch)
 
     # This process is the rank's own.
     streaming._gradients = lambda ends, leaves: right(ends[:1], leaves)

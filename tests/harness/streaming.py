@@ -23,6 +23,7 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, Handles, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.kept import Watch
 from longtrain.streaming.stream import Stream
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import MIXERS
@@ -123,11 +124,16 @@ def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, dev
 
 
 def stream_gradients(
-    case: StreamCase, exact: Problem, group: Group, chosen: Algorithms, device: torch.device
+    case: StreamCase,
+    exact: Problem,
+    group: Group,
+    chosen: Algorithms,
+    device: torch.device,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """This rank's sums of losses and metrics, and its gradients."""
     config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
-    stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext)
+    stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext, watch=watch)
     losses = []
     for first in range(0, SEQUENCES, case.micro_batch_size):
         some = slice(first, first + case.micro_batch_size)

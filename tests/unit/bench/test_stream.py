@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from longtrain.bench._stream_fit import Fit, fit, slope
 from longtrain.bench._stream_gate import Gate, Short, Verdict
 from longtrain.bench._stream_modes import MODES, parse_mode
 from longtrain.bench._stream_rows import Rows, extrapolate
-from longtrain.bench._stream_step import Precision, Workload, is_out_of_memory, make_workload, measure
+from longtrain.bench._stream_step import Precision, Step, Workload, is_out_of_memory, make_workload, measure
 from longtrain.bench._stream_table import Table, spell_longest
 from longtrain.bench._world import World
 from longtrain.cli import main
@@ -22,6 +22,7 @@ from longtrain.cluster.resolve import resolve
 from longtrain.model.build import build_model
 from longtrain.streaming import stream as streaming
 from longtrain.streaming.config import StreamConfig
+from longtrain.streaming.kept import Held, Watch
 
 TINY = ["device=cpu", "tokens=[24,48]", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 CPU = torch.device("cpu")
@@ -93,9 +94,9 @@ def test_any_mode_may_be_the_gates(gate_mode: str, monkeypatch: pytest.MonkeyPat
     chunks: list[int | None] = []
     right = Workload.gradients
 
-    def gradients(self: Workload, length: int, config: StreamConfig) -> float:
+    def gradients(self: Workload, length: int, config: StreamConfig, watch: Watch | None = None) -> Step:
         chunks.append(config.chunk_tokens)
-        return right(self, length, config)
+        return right(self, length, config, watch)
 
     monkeypatch.setattr(Workload, "gradients", gradients)
     verdicts = judge(workload("bfloat16"), names, gate_mode)
@@ -132,10 +133,10 @@ def test_what_ends_a_mode_is_a_row(
 ) -> None:
     right = Workload.gradients
 
-    def gradients(self: Workload, length: int, config: StreamConfig) -> float:
+    def gradients(self: Workload, length: int, config: StreamConfig, watch: Watch | None = None) -> Step:
         if config.block_layers == 1 and length > 24:
             raise error
-        return right(self, length, config)
+        return right(self, length, config, watch)
 
     monkeypatch.setattr(Workload, "gradients", gradients)
     out = tmp_path / "stream.json"
@@ -151,9 +152,9 @@ def test_what_ends_a_mode_is_a_row(
 
 def test_a_long_first_step_is_the_measurement() -> None:
     work, losses = workload(), iter(range(9))
-    figures = measure(lambda: next(losses), work, World.alone(CPU), repeats=2, seconds=60)
+    figures = measure(lambda watch: Step(next(losses)), work, World.alone(CPU), repeats=2, seconds=60)
     assert (figures.repeats, figures.loss) == (2, 2.0)
-    figures = measure(lambda: next(losses), work, World.alone(CPU), repeats=2, seconds=1e-12)
+    figures = measure(lambda watch: Step(next(losses)), work, World.alone(CPU), repeats=2, seconds=1e-12)
     assert (figures.repeats, figures.loss) == (1, 3.0)
     assert figures.seconds == figures.first_seconds > 0
 
@@ -180,28 +181,52 @@ def test_bytes_a_token_and_the_longest_context() -> None:
 
 
 def test_rows_lead_to_an_extrapolation(capsys: Any) -> None:
+    def phases(**peaks: int) -> list[dict[str, Any]]:
+        held = asdict(Held(2**30, 0, 0, 2**29, 2**28))
+        return [{"phase": phase, "peak_bytes": peak, "held": held} for phase, peak in peaks.items()]
+
     rows = [
-        {"status": "ok", "tokens": n, "peak_bytes": 2**30 + 1024 * n, "host_bytes": 2048 * n} for n in (2**13, 2**14)
+        {"status": "ok", "tokens": n, "peak_bytes": 2**30 + 1024 * n, "host_bytes": 2048 * n}
+        | {"phases": phases(late=2**28 + 1024 * n, early=2**29 + 512 * n)}  # the rest is lanes
+        for n in (2**13, 2**14)
     ]
+    # The phase that needs more at these lengths is not the one that fills the memory.
+    for row in rows:
+        row["peak_bytes"] = row["phases"][1]["peak_bytes"] + 2**28
     found = extrapolate(parse_mode("block4-offload"), rows, 2**31)
     assert found is not None
-    assert found["longest_tokens"] == pytest.approx(2**20)
-    assert found["host_bytes_then"] == pytest.approx(2**31)
+    assert (found["phase"], found["bytes_per_token"]) == ("late", 1024)
+    assert found["longest_tokens"] == pytest.approx(1.5 * 2**20)
+    assert found["host_bytes_then"] == pytest.approx(3 * 2**30)
     assert extrapolate(MODES["all"], rows[:1], 2**31) is None
-    flat = extrapolate(MODES["all"], [row | {"peak_bytes": 5} for row in rows], 2**31)
-    assert flat is not None and flat["longest_tokens"] is None
+    flat = extrapolate(
+        MODES["all"], [row | {"peak_bytes": 5, "phases": phases(late=4, early=5)} for row in rows], 2**31
+    )
+    assert flat is not None and flat["longest_tokens"] is None and flat["phase"] == "early"
     table = Table(cuda=True, ranks=1)
-    figures = {"seconds": 1.0, "tokens_per_second": 8192.0, "model_tflops": 1.0, "of_checkpointing": None}
+    figures = {
+        "seconds": 1.0,
+        "tokens_per_second": 8192.0,
+        "model_tflops": 1.0,
+        "of_checkpointing": None,
+        "host_wait_seconds": 0.0,
+    }
     table.rows()
     table.row(rows[0] | figures | {"mode": "block4", "rest_bytes": 2**29, "bytes_per_token": 1024.0})
     table.fits([found, flat], 2**31)
+    table.classes([rows[0] | {"mode": "block4", "phases": phases(late=3 * 2**30, early=5)}], 2**30)
     printed = capsys.readouterr().out
-    assert "an extrapolation" in printed and "1.0M" in printed and "any" in printed and "1,024" in printed
+    assert "an extrapolation" in printed and "1.5M" in printed and "any" in printed and "1,024" in printed
+    # Parameters, what waits, and what is left of the three.
+    assert printed.splitlines()[-1].split() == ["block4", "8k", "late", "1", "1", "0", "0", "0.5", "0.25", "0.25"]
 
 
 def test_rows_of_several_ranks_are_compared_with_one_that_has_its_share(capsys: Any) -> None:
     def row(mode: str, ranks: int, tokens: int, seconds: float, **more: Any) -> dict[str, Any]:
-        usual = {"status": "ok", "peak_bytes": 100 + 2 * tokens // ranks, "host_bytes": None, "model_tflops": 9.0}
+        peak = 100 + 2 * tokens // ranks
+        phases = [{"phase": "forward", "peak_bytes": peak, "held": None}]
+        usual = {"status": "ok", "peak_bytes": peak, "phases": phases, "host_bytes": None, "model_tflops": 9.0}
+        usual["host_wait_seconds"] = 0.0
         return usual | {"mode": mode, "ranks": ranks, "tokens": tokens, "seconds": seconds} | more
 
     rows = Rows(ranks=4)
