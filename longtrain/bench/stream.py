@@ -17,7 +17,9 @@ Beside them `streambp`, where it is installed, computes the same weights' gradie
 like a mode, and what is wrong with it is told without failing the benchmark.
 
 Peak memory is what PyTorch's allocator has given out on the GPU at most during the step, parameters and gradients with
-it; "rest" is less both of these. Model operations are counted once, however often a mode computes them.
+it; "rest" is less both of these. What it is made of is told for the longest row of each mode, and each phase of a step,
+forward or the backward pass of a block, has its own line into contexts that were not measured (`_stream_memory`). Model
+operations are counted once, however often a mode computes them.
 
 `ranks=P` shares the sequence among P ranks, a GPU each or processes on a CPU, which the command starts itself. Then:
 
@@ -50,6 +52,7 @@ from longtrain.bench._stream_step import Precision
 from longtrain.bench._stream_table import Table
 from longtrain.bench._world import World
 from longtrain.cluster.resolve import resolve
+from longtrain.config.compose import options_of
 from longtrain.core.errors import Refused
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.registry import Registry
@@ -71,7 +74,7 @@ class Config(Options):
     """Options of `longtrain bench stream`. A size that is left out is larger on a GPU than on a CPU."""
 
     model: str | None = None
-    """A model of `conf/model/`. None: `llama_1b` on a GPU, `hybrid_tiny` on a CPU."""
+    """One of `conf/model/`. None: `llama_1b` on a GPU, `hybrid_tiny` on a CPU."""
     tokens: Annotated[tuple[TokenCount, ...] | None, Field(min_length=1), OneOrMore] = None
     """Lengths of the sequence, over all its ranks. None: powers of two, from 8k to 128k for each GPU."""
     modes: Annotated[tuple[str, ...], PlainValidator(_modes)] = tuple(MODES)
@@ -113,7 +116,7 @@ def choices(registry: Registry) -> dict[str, list[str]]:
     """See the package."""
     modes = [*MODES, "block2", "all-offload", "block4-offload"]
     algorithms = {verb: registry.names(f"sequence_parallel.{verb}") for verb in ("scan", "attend")}
-    return {"modes": modes, "gate_mode": modes, **algorithms}
+    return {"model": options_of("model"), "modes": modes, "gate_mode": modes, **algorithms}
 
 
 GPU = Sizes("llama_1b", tuple(2**n for n in range(13, 18)), 2**14, 2**17, "bfloat16")

@@ -82,6 +82,11 @@ class _Roots:
         return found[0]
 
 
+def options_of(group: str) -> list[str]:
+    """What `conf/` offers for a group, such as `model`."""
+    return _Roots({"conf": _CONF}).options(group)
+
+
 def compose(overrides: Sequence[str]) -> Composed:
     """Compose the configuration of one command.
 
