@@ -7,7 +7,22 @@ import pytest
 
 from longtrain.cli import main
 
+Command = Callable[..., None]
 Refusal = Callable[..., str]
+ALONE = ("cluster.address=env", "sequence_parallel.size=1")
+"""One rank in the command's own process."""
+
+
+@pytest.fixture
+def succeeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`harness.cli.succeed` in this process; for ALONE."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
+
+    def command(*arguments: str) -> None:
+        assert main(arguments) == 0
+
+    return command
 
 
 @pytest.fixture

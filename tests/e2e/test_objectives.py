@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Refusal
-from tests.harness.cli import SMALL, run, succeed
+from tests.e2e.conftest import ALONE, Command, Refusal
+from tests.harness.cli import SMALL, run
 
 UNIFORM = -5.55
 """What a token's log-probability is, nearly, under a new model of 257 tokens."""
@@ -65,10 +65,12 @@ def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: 
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_are_looked_at_before_a_worker_starts_and_only_then(tmp_path: Path, refused: Refusal) -> None:
+def test_weights_are_looked_at_before_a_worker_starts_and_only_then(
+    tmp_path: Path, succeeded: Command, refused: Refusal
+) -> None:
     small = [setting for setting in SMALL if not setting.startswith("run.name=")]
-    alone = ["train", *small, "cluster.address=env", "sequence_parallel.size=1", "steps=2"]
-    succeed(tmp_path, *alone, "run.name=run")
+    alone = ["train", *small, *ALONE, "steps=2"]
+    succeeded(*alone, "run.name=run")
     first = "runs/run/checkpoints/step-00000002"
     tune = [*alone, "objective=dpo", "data=preference", "data.path=pairs.jsonl", "run.name=tuned"]
     for key in ("initial_weights", "objective.reference"):
@@ -78,5 +80,5 @@ def test_weights_are_looked_at_before_a_worker_starts_and_only_then(tmp_path: Pa
         assert f"{key}={first} was trained with model.norm_epsilon=1e-06, not 1e-05" in line
     assert not (tmp_path / "runs" / "tuned").exists()
     # What a run has begun with may be gone when it goes on.
-    succeed(tmp_path, *alone, "run.name=tuned", f"initial_weights={first}")
-    succeed(tmp_path, *alone[:-1], "steps=3", "run.name=tuned", "initial_weights=gone")
+    succeeded(*alone, "run.name=tuned", f"initial_weights={first}")
+    succeeded(*alone[:-1], "steps=3", "run.name=tuned", "initial_weights=gone")

@@ -6,7 +6,8 @@ from textwrap import dedent
 
 import pytest
 
-from tests.harness.cli import SMALL, refuse, succeed
+from tests.e2e.conftest import ALONE, Command, Refusal
+from tests.harness.cli import SMALL, succeed
 
 FILES = {
     "mixers/running_sum.py": '''
@@ -123,13 +124,13 @@ def losses(folder: Path, name: str) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def test_components_from_a_folder(tmp_path: Path) -> None:
+def test_components_from_a_folder(tmp_path: Path, succeeded: Command, refused: Refusal) -> None:
     write_plugin(tmp_path / "plugin")
     settings = [
         s for s in SMALL if not s.startswith(("model.pattern", "mixer.sliding_window", "mixer.softmax", "run."))
     ]
     command = ("train", *settings, "plugins=[plugin]", "model.pattern=[simple_gla x2, running_sum]", "steps=4")
-    succeed(tmp_path, *command, "run.name=own")
+    succeeded(*command, "run.name=own", *ALONE)
     succeed(tmp_path, *command, "run.name=toy", "sequence_parallel.scan=one_by_one", "objective=half")
     own, toy = losses(tmp_path, "own"), losses(tmp_path, "toy")
     assert len(own) == 4
@@ -137,5 +138,5 @@ def test_components_from_a_folder(tmp_path: Path) -> None:
     assert toy[0] == pytest.approx(own[0] / 2, rel=1e-6)
     assert toy == pytest.approx([loss / 2 for loss in own], rel=0.02)
     assert toy[1:] != toy[:-1], "parameters are updated"
-    line = refuse(tmp_path, "train", "plugins=[plugin]", "model.pattern=[running_sun]", "model.num_layers=1")
+    line = refused("train", "plugins=[plugin]", "model.pattern=[running_sun]", "model.num_layers=1")
     assert "running_sum" in line

@@ -10,11 +10,8 @@ import pytest
 
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.cli import main
-from tests.e2e.conftest import Refusal
-from tests.harness.cli import SMALL, refuse, succeed
-
-ALONE = ("cluster.address=env", "sequence_parallel.size=1")
-"""One rank in the command's own process."""
+from tests.e2e.conftest import ALONE, Command, Refusal
+from tests.harness.cli import SMALL, refuse
 
 
 @pytest.mark.parametrize(
@@ -62,9 +59,9 @@ def test_a_damaged_token_store(tmp_path: Path) -> None:
     assert shard.name in line, line
 
 
-def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
+def test_a_full_disk_during_a_checkpoint(tmp_path: Path, succeeded: Command) -> None:
     command = ("train", *SMALL, *ALONE, "checkpoint.every_steps=2")
-    succeed(tmp_path, *command, "steps=4")
+    succeeded(*command, "steps=4")
     limit = 64 * 1024  # less than a checkpoint, more than any other file of a run
     code = (
         f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {resource.RLIM_INFINITY}));"
@@ -89,12 +86,14 @@ def test_a_full_disk_during_a_checkpoint(tmp_path: Path) -> None:
     found = CheckpointStore(folder, keep=3).newest()
     assert found is not None
     assert found.step == 4
-    succeed(tmp_path, *command, "steps=8")
+    succeeded(*command, "steps=8")
     assert main(["checkpoint", "verify", str(tmp_path / "runs" / "run")]) == 0
 
 
-def test_a_corrupt_checkpoint_is_found_by_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    succeed(tmp_path, "train", *SMALL, *ALONE, "steps=2")
+def test_a_corrupt_checkpoint_is_found_by_verify(
+    tmp_path: Path, succeeded: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    succeeded("train", *SMALL, *ALONE, "steps=2")
     path = tmp_path / "runs" / "run"
     assert main(["checkpoint", "verify", str(path)]) == 0
     assert "ok" in capsys.readouterr().out
