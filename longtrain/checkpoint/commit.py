@@ -9,6 +9,7 @@ from pathlib import Path
 from longtrain.checkpoint.files import remove_folder, remove_leftovers, sync_folder, write_file
 from longtrain.checkpoint.manifest import MANIFEST, SEAL, Manifest, encode
 from longtrain.checkpoint.verify import folder_name, step_of, verify
+from longtrain.core.errors import Refused
 
 _SAVING = ".saving-"
 
@@ -21,6 +22,14 @@ def committed(directory: Path) -> list[Path]:
         return []
     steps = sorted((step for name in names if (step := step_of(name)) is not None), reverse=True)
     return [directory / folder_name(step) for step in steps]
+
+
+def checkpoints_in(directory: Path) -> list[Path]:
+    """`committed`. Raises Refused where the folder cannot be listed."""
+    try:
+        return committed(directory)
+    except OSError as error:
+        raise Refused(f"checkpoints in {directory} cannot be listed: {error.strerror}; make it readable") from error
 
 
 def begin(target: Path) -> str | None:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from longtrain.checkpoint import ranks
-from longtrain.checkpoint.commit import begin, commit, committed, retain, undo
+from longtrain.checkpoint.commit import begin, checkpoints_in, commit, committed, retain, undo
 from longtrain.checkpoint.failures import Failure, failure_of, refusal
 from longtrain.checkpoint.manifest import FileEntry, Manifest, shard_name, tensor_entry
 from longtrain.checkpoint.shard import partition, write_shard
 from longtrain.checkpoint.verify import folder_name, inspect, read
 from longtrain.comm.journal import Journal
-from longtrain.core.errors import CorruptCheckpoint, Refused
+from longtrain.core.errors import CorruptCheckpoint
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,7 @@ class CheckpointStore:
         return refusal(rank, failure, target, needed, good[0] if good else None)
 
     def _find(self) -> dict[str, Any] | None:
-        try:
-            paths = committed(self._directory)
-        except OSError as error:
-            raise Refused(
-                f"checkpoints in {self._directory} cannot be listed: {error.strerror}; make it readable"
-            ) from error
+        paths = checkpoints_in(self._directory)
         skipped: list[str] = []
         for path in paths:
             manifest, problems = inspect(path, self.journal.tick)

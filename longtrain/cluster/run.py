@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longtrain.checkpoint.commit import committed
+from longtrain.checkpoint.commit import checkpoints_in
 from longtrain.cluster.config import JobConfig, check_job, num_workers
 from longtrain.cluster.controller import State
 from longtrain.cluster.driver import execute
@@ -49,7 +49,7 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
     objective = make_objective(config, registry)
     if objective.reference is not None:
         check_weights(objective.reference, "objective.reference", config)
-    if config.initial_weights is not None and not committed(directory / "checkpoints"):
+    if config.initial_weights is not None and not checkpoints_in(directory / "checkpoints"):
         check_weights(config.initial_weights, "initial_weights", config)
     prepare(config.data, registry, _say_progress())
     corpus = open_corpus(config.data, registry, config.seed, config.context_length)

@@ -24,7 +24,8 @@ def check_weights(path: Path, key: str, config: TrainingConfig) -> None:
     try:
         _check_model(read_metadata(folder), path, key, config)
     except CorruptCheckpoint as problem:
-        near = next(iter((*committed(folder / "checkpoints"), *committed(folder))), None)
+        places = [place for place in (folder / "checkpoints", folder) if place.is_dir()]
+        near = next((path for place in places for path in committed(place)), None)
         remedy = "name another one" if near is None else f"did you mean {near}?"
         raise Refused(f"{key}={path} is no good checkpoint ({problem}); {remedy}") from None
 

@@ -79,6 +79,10 @@ def test_weights_are_looked_at_before_a_worker_starts_and_only_then(
         line = refused(*tune, f"{key}={first}", "model.norm_epsilon=1e-5")
         assert f"{key}={first} was trained with model.norm_epsilon=1e-06, not 1e-05" in line
     assert not (tmp_path / "runs" / "tuned").exists()
+    (tmp_path / "runs" / "odd").mkdir()
+    (tmp_path / "runs" / "odd" / "checkpoints").touch()
+    odd = [word for word in tune if not word.startswith("run.name=")]
+    assert "odd/checkpoints cannot be listed" in refused(*odd, "run.name=odd", f"initial_weights={first}")
     # What a run has begun with may be gone when it goes on.
     succeeded(*alone, "run.name=tuned", f"initial_weights={first}")
     succeeded(*alone[:-1], "steps=3", "run.name=tuned", "initial_weights=gone")
