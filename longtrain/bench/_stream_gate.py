@@ -6,7 +6,8 @@ parameter: those of decays are differences of sums and keep few digits. So the g
 plain PyTorch, and a gradient may differ from the gate's one twice as much as rounding changes that: two independent
 roundings differ by the root of two times their errors, and the rest is for small tensors, whose error norms scatter.
 Modes share most roundings and stay far below; a carry that is lost, or no gradient through it, changes some gradients
-by tenths. Where rounding changes less than a kernel may, `_gate.BOUNDS` holds.
+by tenths. Where rounding changes less than a kernel may, `_gate.BOUNDS` holds. All gradients as one vector are held to
+the same: there the large ones count, which keep their digits.
 
 A gate's mode that cuts time has chunks half as long as the modes that are compared with it: what is wrong at the end of
 a chunk is wrong at other tokens.
@@ -50,7 +51,7 @@ class Verdict:
     """ok, failed, or error where it could not be computed."""
     detail: str
     worst: str = ""
-    """What is nearest to its bound."""
+    """What is nearest to its bound: a parameter, LOSS or TOGETHER."""
     error: float = math.nan
     bound: float = math.nan
     together: float = math.nan

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from longtrain.streaming.kept import Held
+from longtrain.streaming.waiting import Waiting
 
 DELIVERY = "delivery"
-"""After the last chunk's backward pass; of a step that tells no phases, all of it."""
+"""After the last chunk's backward pass."""
+STEP = "step"
+"""All of a step that tells no phases."""
 Phase = dict[str, Any]
-"""`phase`, its `peak_bytes` without what other ranks write here, and what was `held` after the chunk with that peak."""
+"""`phase`, its `peak_bytes`, and what was `waiting` after the chunk with that peak; None where nobody told."""
 
 
 class Phases:
@@ -29,17 +31,17 @@ class Phases:
         torch.cuda.reset_peak_memory_stats(device)
         torch.cuda.reset_peak_host_memory_stats()
 
-    def __call__(self, phase: str, held: Held | None) -> None:
+    def __call__(self, phase: str, waiting: Waiting | None) -> None:
         """What was allocated since the last call belongs to a phase. The allocator knows without the device."""
         peak = torch.cuda.max_memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         if phase not in self._found or peak > self._found[phase]["peak_bytes"]:
-            self._found[phase] = {"phase": phase, "peak_bytes": peak, "held": held and asdict(held)}
+            self._found[phase] = {"phase": phase, "peak_bytes": peak, "waiting": waiting and asdict(waiting)}
 
-    def end(self) -> list[Phase]:
-        """In order."""
-        self(DELIVERY, None)
-        return list(self._found.values())
+    def end(self, beside: int) -> list[Phase]:
+        """In order; `beside` are bytes of the device that the allocator does not know."""
+        self(DELIVERY if self._found else STEP, None)
+        return [phase | {"peak_bytes": phase["peak_bytes"] + beside} for phase in self._found.values()]
 
 
 def begin(device: torch.device) -> Phases | None:
@@ -48,8 +50,13 @@ def begin(device: torch.device) -> Phases | None:
 
 
 def most(ranks: Iterable[list[Phase]]) -> list[Phase]:
-    """Of every phase, that of the rank with the highest peak; all have the same phases."""
-    return [max(of_ranks, key=lambda phase: phase["peak_bytes"]) for of_ranks in zip(*ranks, strict=True)]
+    """Of every phase, that of the rank with the highest peak."""
+    found: dict[str, Phase] = {}
+    for phase in (phase for phases in ranks for phase in phases):
+        name = phase["phase"]
+        if name not in found or phase["peak_bytes"] > found[name]["peak_bytes"]:
+            found[name] = phase
+    return list(found.values())
 
 
 def highest(phases: list[Phase]) -> Phase | None:

@@ -20,7 +20,7 @@ from longtrain.core.layout import SequenceLayout
 from longtrain.mixers import softmax
 from longtrain.model.config import ModelConfig, parse_pattern
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.kept import Watch
+from longtrain.streaming.waiting import Watch
 
 STREAMBP = Mode("streambp", 1, chunked=True, whole_logits=False)
 _LONGEST = 2**31 - 1

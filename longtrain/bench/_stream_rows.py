@@ -75,7 +75,6 @@ def _points(rows: list[Row]) -> dict[str, list[tuple[int, int]]]:
     """Tokens and peak bytes, by phase; rows of a mode have the same phases."""
     points: dict[str, list[tuple[int, int]]] = {}
     for row in rows:
-        beside = row["peak_bytes"] - max(phase["peak_bytes"] for phase in row["phases"]) if row["phases"] else 0
         for phase in row["phases"]:
-            points.setdefault(phase["phase"], []).append((row["tokens"], phase["peak_bytes"] + beside))
+            points.setdefault(phase["phase"], []).append((row["tokens"], phase["peak_bytes"]))
     return points

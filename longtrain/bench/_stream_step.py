@@ -28,8 +28,8 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.config import SequenceParallelConfig
 from longtrain.sequence_parallel.handle import Algorithms, Handles
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.kept import Watch
 from longtrain.streaming.stream import Stream
+from longtrain.streaming.waiting import Watch
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.backend import Backend, default_backend
 
@@ -178,17 +178,16 @@ def measure(
         if len(times) == 1 and times[0] > seconds:
             break
     counted = times[1:] or times
-    found = most(world.gather(phases.end() if phases else []))
-    peak = highest(found)
     # What ranks write into each other's memory is not the allocator's.
-    beside, pinned = max(world.gather(world.group.lane_bytes)), world.gather(_pinned(device))
+    found = most(world.gather(phases.end(beside=world.group.lane_bytes) if phases else []))
+    peak, pinned = highest(found), world.gather(_pinned(device))
     return Figures(
         seconds=statistics.median(counted),
         repeats=len(counted),
         first_seconds=times[0],
         loss=last.loss,
         host_wait_seconds=max(world.gather(last.host_wait_seconds)),
-        peak_bytes=None if peak is None else peak["peak_bytes"] + beside,
+        peak_bytes=None if peak is None else peak["peak_bytes"],
         phases=found,
         host_bytes=None if None in pinned else max(pinned),
     )

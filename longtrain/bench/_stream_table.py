@@ -17,7 +17,7 @@ BEGIN = (("mode", 35), ("tokens", 7))
 TIMES = (("seconds", 9), ("tokens/s", 9), ("TFLOP/s", 8), (f"/ {CHECKPOINTING.name}", 15))
 RANKS = (("ranks", 5),)
 ALONE = (("/ 1 rank", 8), ("FLOP/s / 1", 10))
-MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("host waits", 10), ("bytes/token", 12))
+MEMORY = (("peak GiB", 9), ("rest GiB", 9), ("host GiB", 9), ("host waits, s", 13), ("bytes/token", 12))
 FITS = (
     ("mode", 35),
     ("bytes/token", 12),
@@ -26,7 +26,7 @@ FITS = (
     ("host GiB then", 14),
     ("decided by", 14),
 )
-HELD = {
+WAITING = {
     "block_inputs": "block inputs",
     "carries": "carries",
     "keys_and_values": "keys, values",
@@ -38,8 +38,8 @@ CLASSES = (
     ("tokens", 7),
     ("at the peak of", 16),
     ("parameters", 10),
-    *((title, 13) for title in HELD.values()),
-    ("one chunk", 10),
+    *((title, 13) for title in WAITING.values()),
+    ("rest", 10),
 )
 GIB = 2**30
 
@@ -112,16 +112,18 @@ class Table:
             _number(row["peak_bytes"], GIB, ".2f"),
             _number(row["rest_bytes"], GIB, ".2f"),
             _number(row["host_bytes"], GIB, ".2f"),
-            _number(row["host_wait_seconds"], 1, ".2f"),
+            _number(row["host_wait_seconds"], 1, ".2f") if row["host_wait_seconds"] else "",
             _number(row["bytes_per_token"], 1, ",.0f"),
         ]
         print_row(self._console, [*begin, *figures[: len(self._columns) - len(begin)]], self._columns, 2)
 
     def fits(self, fits: Sequence[dict[str, Any]], memory_bytes: int) -> None:
         """Where the rows lead to."""
+        if not fits:
+            return
         self._console.print(
-            f"\nleast squares over the longer half of each mode's lengths, and the longest context in "
-            f"{memory_bytes / GIB:.4g} GiB that they lead to (an extrapolation), with the part of a step that fills it:"
+            f"\nwhere {memory_bytes / GIB:.4g} GiB end: an extrapolation by least squares over the longer half of the "
+            "lengths, for the part of a step that gets there first"
         )
         print_head(self._console, FITS, 1)
         for found in fits:
@@ -137,16 +139,16 @@ class Table:
 
     def classes(self, rows: Sequence[dict[str, Any]], parameter_bytes: int) -> None:
         """What the memory of some rows is made of. The rest is a chunk's graph, its logits and what kernels use."""
+        tops = [(row, top) for row in rows if (top := highest(row["phases"])) is not None]
+        if not tops:
+            return
         self._console.print("\nGiB by what they are, where a step needs most:")
         print_head(self._console, CLASSES, 3)
-        for row in rows:
-            top = highest(row["phases"])
-            if top is None or top["held"] is None:
-                continue
-            held = [top["held"][name] for name in HELD]
-            sizes = [parameter_bytes, *held, top["peak_bytes"] - parameter_bytes - sum(held)]
+        for row, top in tops:
+            known = [top["waiting"][name] if top["waiting"] else None for name in WAITING]
+            sizes = [parameter_bytes, *known, top["peak_bytes"] - parameter_bytes - sum(size or 0 for size in known)]
             cells = [row["mode"], format_token_count(row["tokens"]), top["phase"]]
-            print_row(self._console, [*cells, *(f"{size / GIB:.3g}" for size in sizes)], CLASSES, 3)
+            print_row(self._console, [*cells, *(_number(size, GIB, ".3g") for size in sizes)], CLASSES, 3)
 
 
 def spell_longest(tokens: float | None) -> str:

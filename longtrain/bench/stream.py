@@ -200,7 +200,8 @@ def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Re
                 report.set("peers", {STREAMBP.name: {"version": installed(STREAMBP.name), "missing": absent}})
                 table.head(report.content["machine"], plan, content, absent)
             case "verdict":
-                verdicts.append(content)
+                # JSON has no NaN.
+                verdicts.append({name: None if value != value else value for name, value in content.items()})
                 report.set("gate", {"mode": plan.gate_mode.name, "tokens": plan.gate_tokens, "verdicts": verdicts})
                 table.verdict(Verdict(**content), plan.gate_tokens)
             case "refused":

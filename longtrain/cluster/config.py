@@ -82,9 +82,6 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             f"model.num_layers={config.model.num_layers} is not a multiple of the {len(names)} layers of {pattern}; "
             f"use {near}"
         )
-    block, layers = config.stream.block_layers, config.model.num_layers
-    if isinstance(block, int) and block > layers:
-        raise Refused(f"stream.block_layers={block}, but the model has {layers} layers; use fewer, recurrent or all")
     for name in names:
         if name not in config.mixer.options:
             raise Refused(f"{pattern}: mixer.{name} is missing{did_you_mean(name, sorted(config.mixer.options))}")

@@ -144,7 +144,8 @@ class Prefixes:
 
     def _pack(self, tensor: Tensor) -> Saved:
         found = (prefix.pack(tensor) for prefix in self._prefixes)
-        return next((saved for saved in found if saved is not None), tensor)
+        # The tensor itself would hold the node that saves it: a cycle, where that is not differentiated.
+        return next((saved for saved in found if saved is not None), tensor.detach())
 
 
 def _unpack(saved: Saved) -> Tensor:

@@ -38,7 +38,8 @@ class LayerBlock:
     @property
     def name(self) -> str:
         """Which layers it has."""
-        return f"layers {self.layers.start}-{self.layers.stop - 1}"
+        first, last = self.layers.start, self.layers.stop - 1
+        return f"layer {first}" if first == last else f"layers {first}-{last}"
 
     @cached_property
     def trainable(self) -> list[nn.Parameter]:

@@ -63,7 +63,7 @@ class HostShelf:
         self._lift = lift
         self._away: dict[int, tuple[Tensor, ...]] = {}
         self._room: dict[int, tuple[Tensor, ...]] = {}
-        """Of what was taken."""
+        """Of what was taken last."""
         self._soon: dict[int, tuple[Coming, ...]] = {}
 
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
@@ -78,7 +78,7 @@ class HostShelf:
     def take(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Shelf`."""
         found = self._get(chunk, chunk - 1)
-        self._room[chunk] = self._away.pop(chunk)
+        self._room = {chunk: self._away.pop(chunk)}
         return found
 
     @property

@@ -12,8 +12,9 @@ that is not the last needs keys and values again, which for one layer is a proje
 linear needs the last chunk of the last block too, and the head's part of a forward pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,9 +30,9 @@ from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.blocks import LayerBlock, blocks_of
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.head import Head, Piece, pieces
-from longtrain.streaming.kept import Kept, Watch, held
 from longtrain.streaming.shelf import DeviceShelf, Shelf, make_shelf
 from longtrain.streaming.sums import GradientSums
+from longtrain.streaming.waiting import Kept, Watch, waiting
 
 GradOf = Callable[[Tensor, int], Tensor]
 """The gradient of the loss by a block's output for a chunk."""
@@ -93,8 +94,9 @@ class Stream:
             block, of_block = self._blocks[number], kept.pop()
             self._refill(block, of_block, shards)
             into_inputs = self._trains_below(number)
-            for _ in self._backward(block, of_block, shards, grad_of, into_inputs):
-                self._tell(block.name, above, [of_block, *kept])
+            self._backward(
+                block, of_block, shards, grad_of, into_inputs, partial(self._tell, block.name, above, [of_block, *kept])
+            )
             if not into_inputs:
                 break
             grad_of, above = _taken(of_block.inputs), [of_block.inputs]
@@ -115,7 +117,7 @@ class Stream:
 
     def _tell(self, phase: str, above: list[Shelf], kept: list[Kept]) -> None:
         if self._watch is not None:
-            self._watch(phase, held(above, kept, self._sums))
+            self._watch(phase, waiting(above, kept, self._sums))
 
     def _trains_below(self, number: int) -> bool:
         """Whether anything of the blocks before this one is not frozen."""
@@ -212,19 +214,17 @@ class Stream:
         kept.prefixes.all_filled()
 
     def _backward(
-        self, block: LayerBlock, kept: Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool
-    ) -> Iterator[None]:
-        """Add the block's gradients to the sums, and put those of its inputs in their place if they are wanted.
-
-        Yields after every chunk.
-        """
+        self, block: LayerBlock, kept: Kept, shards: list[Shard], grad_of: GradOf, into_inputs: bool,
+        after_chunk: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """Add the block's gradients to the sums, and put those of its inputs in their place if they are wanted."""
         cotangents: list[Tensor] = []  # of what the chunk carries out; nothing reads that of the last chunk
         for shard in reversed(shards):
             grads, cotangents = self._backward_chunk(block, kept, shard, grad_of, into_inputs, cotangents)
             if into_inputs:
                 kept.inputs.put(shard.chunk, grads)
             self._leave(shard)
-            yield
+            after_chunk()
 
     def _backward_chunk(
         self, block: LayerBlock, kept: Kept, shard: Shard, grad_of: GradOf, into_inputs: bool,

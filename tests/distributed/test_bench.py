@@ -28,7 +28,7 @@ from longtrain.sequence_parallel.scan import all_gather
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming import stream as streaming
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.kept import Watch
+from longtrain.streaming.waiting import Watch
 
 STREAM = ["device=cpu", "ranks=2", "gate_tokens=24", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 WORDS = ["device=cpu", "tokens=48", "heads=2", "width=8", "repeats=1", "seconds=0.001", "layers=[]", "attend=[]"]

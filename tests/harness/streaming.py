@@ -23,8 +23,8 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.handle import Algorithms, Handles, ShardedSequence
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.kept import Watch
 from longtrain.streaming.stream import Stream
+from longtrain.streaming.waiting import Watch
 from tests.harness.documents import awkward_starts
 from tests.harness.mixers import MIXERS
 from tests.harness.objectives import OBJECTIVES, make_targets, plain_figures, together

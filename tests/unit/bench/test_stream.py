@@ -12,6 +12,7 @@ import torch
 
 from longtrain.bench._stream_fit import Fit, fit, slope
 from longtrain.bench._stream_gate import Gate, Short, Verdict
+from longtrain.bench._stream_memory import Phases, begin, highest, most
 from longtrain.bench._stream_modes import MODES, parse_mode
 from longtrain.bench._stream_rows import Rows, extrapolate
 from longtrain.bench._stream_step import Precision, Step, Workload, is_out_of_memory, make_workload, measure
@@ -22,7 +23,7 @@ from longtrain.cluster.resolve import resolve
 from longtrain.model.build import build_model
 from longtrain.streaming import stream as streaming
 from longtrain.streaming.config import StreamConfig
-from longtrain.streaming.kept import Held, Watch
+from longtrain.streaming.waiting import Waiting, Watch
 
 TINY = ["device=cpu", "tokens=[24,48]", "chunk_tokens=16", "logit_tokens=10", "vocabulary=32", "repeats=1"]
 CPU = torch.device("cpu")
@@ -182,22 +183,20 @@ def test_bytes_a_token_and_the_longest_context() -> None:
 
 def test_rows_lead_to_an_extrapolation(capsys: Any) -> None:
     def phases(**peaks: int) -> list[dict[str, Any]]:
-        held = asdict(Held(2**30, 0, 0, 2**29, 2**28))
-        return [{"phase": phase, "peak_bytes": peak, "held": held} for phase, peak in peaks.items()]
+        waiting = asdict(Waiting(2**30, 0, 0, 2**29, 2**28))
+        return [{"phase": phase, "peak_bytes": peak, "waiting": waiting} for phase, peak in peaks.items()]
 
     rows = [
         {"status": "ok", "tokens": n, "peak_bytes": 2**30 + 1024 * n, "host_bytes": 2048 * n}
-        | {"phases": phases(late=2**28 + 1024 * n, early=2**29 + 512 * n)}  # the rest is lanes
+        | {"phases": phases(late=2**28 + 1024 * n, early=2**29 + 512 * n)}
         for n in (2**13, 2**14)
     ]
     # The phase that needs more at these lengths is not the one that fills the memory.
-    for row in rows:
-        row["peak_bytes"] = row["phases"][1]["peak_bytes"] + 2**28
     found = extrapolate(parse_mode("block4-offload"), rows, 2**31)
     assert found is not None
     assert (found["phase"], found["bytes_per_token"]) == ("late", 1024)
-    assert found["longest_tokens"] == pytest.approx(1.5 * 2**20)
-    assert found["host_bytes_then"] == pytest.approx(3 * 2**30)
+    assert found["longest_tokens"] == pytest.approx(1.75 * 2**20)
+    assert found["host_bytes_then"] == pytest.approx(3.5 * 2**30)
     assert extrapolate(MODES["all"], rows[:1], 2**31) is None
     flat = extrapolate(
         MODES["all"], [row | {"peak_bytes": 5, "phases": phases(late=4, early=5)} for row in rows], 2**31
@@ -216,15 +215,42 @@ def test_rows_lead_to_an_extrapolation(capsys: Any) -> None:
     table.fits([found, flat], 2**31)
     table.classes([rows[0] | {"mode": "block4", "phases": phases(late=3 * 2**30, early=5)}], 2**30)
     printed = capsys.readouterr().out
-    assert "an extrapolation" in printed and "1.5M" in printed and "any" in printed and "1,024" in printed
+    assert "an extrapolation" in printed and "1.7M" in printed and "any" in printed and "1,024" in printed
     # Parameters, what waits, and what is left of the three.
     assert printed.splitlines()[-1].split() == ["block4", "8k", "late", "1", "1", "0", "0", "0.5", "0.25", "0.25"]
+
+
+def test_phases_have_their_own_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([7, 9, 8, 5, 3])  # since the last question
+    for name in ("synchronize", "reset_peak_memory_stats", "reset_peak_host_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: next(peaks))
+    phases = Phases(torch.device("cuda"))
+    first, second, third = (Waiting(n, 0, 0, 0, 0) for n in range(3))
+    for phase, waiting in (("forward", first), ("layer 0", second), ("layer 0", third)):
+        phases(phase, waiting)
+    found = phases.end(beside=100)
+    assert [(phase["phase"], phase["peak_bytes"]) for phase in found] == [
+        ("forward", 107),
+        ("layer 0", 109),  # and what waited there
+        ("delivery", 105),
+    ]
+    assert found[1]["waiting"] == asdict(second) and found[2]["waiting"] is None
+    assert highest(found) == found[1] and highest([]) is None
+    assert [phase["phase"] for phase in Phases(torch.device("cuda")).end(beside=0)] == ["step"]
+    other = [phase | {"peak_bytes": 108} for phase in reversed(found)]
+    assert {phase["phase"]: phase["peak_bytes"] for phase in most([found, other])} == {
+        "forward": 108,
+        "layer 0": 109,
+        "delivery": 108,
+    }
+    assert begin(CPU) is None and most([[], []]) == []
 
 
 def test_rows_of_several_ranks_are_compared_with_one_that_has_its_share(capsys: Any) -> None:
     def row(mode: str, ranks: int, tokens: int, seconds: float, **more: Any) -> dict[str, Any]:
         peak = 100 + 2 * tokens // ranks
-        phases = [{"phase": "forward", "peak_bytes": peak, "held": None}]
+        phases = [{"phase": "forward", "peak_bytes": peak, "waiting": None}]
         usual = {"status": "ok", "peak_bytes": peak, "phases": phases, "host_bytes": None, "model_tflops": 9.0}
         usual["host_wait_seconds"] = 0.0
         return usual | {"mode": mode, "ranks": ranks, "tokens": tokens, "seconds": seconds} | more

@@ -89,7 +89,6 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ("model.pattern=[toy x0]", "model.pattern: 'toy x0' is not a mixer; write NAME, or NAME x3"),
         ("model.pattern=[toy*3]", "there is no mixer 'toy*3'"),
         ("model.pattern=[]", "model.pattern=[]: names no mixer; write [NAME x3, NAME]"),
-        ("stream.block_layers=9", "stream.block_layers=9, but the model has 4 layers; use fewer, recurrent or all"),
         ("model.num_layers=5", "model.num_layers=5 is not a multiple of the 4 layers of model.pattern=[toy x3, other]"),
         (
             "sequence_parallel.scan=toy_scam",

@@ -20,8 +20,11 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes that wait on the device between two chunks."""
+class Waiting:
+    """Bytes that wait on the device between two chunks.
+
+    Neither what a chunk needs for itself, nor what it hands to the next one: the cotangents of carries.
+    """
 
     block_inputs: int
     """And their gradients."""
@@ -33,15 +36,15 @@ class Held:
     """The sums so far."""
 
 
-Watch = Callable[[str, Held], None]
+Watch = Callable[[str, Waiting], None]
 """Called after the forward pass, with `forward`, and after every chunk of a block's backward pass, with its layers."""
 
 
-def held(inputs: Iterable[Shelf], kept: Iterable[Kept], sums: GradientSums) -> Held:
+def waiting(inputs: Iterable[Shelf], kept: Iterable[Kept], sums: GradientSums) -> Waiting:
     """Of blocks, and of inputs besides theirs."""
     blocks = list(kept)
     prefixes = [block.prefixes.device_bytes for block in blocks]
-    return Held(
+    return Waiting(
         block_inputs=sum(shelf.device_bytes for shelf in (*inputs, *(block.inputs for block in blocks))),
         carries=sum(block.carries.device_bytes for block in blocks),
         keys_and_values=sum(rows for rows, _ in prefixes),
