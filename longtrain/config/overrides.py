@@ -60,9 +60,12 @@ def parse_overrides(overrides: Sequence[str]) -> list[Override]:
 def _parse_one(parser: OverridesParser, line: str) -> Override:
     if not line.startswith("~") and "=" not in line:
         raise Refused(f"{spell(line)}: an override is written key=value; add = and the value")
+    key, _, path = line.partition("=")
+    # Behind a key with dots a shell leaves ~ as it is, and Hydra's grammar has no word that begins with it.
+    home = path.startswith("~/") and "'" not in path
     try:
         line.encode()
-        override = parser.parse_override(line)
+        override = parser.parse_override(f"{key}='{path}'" if home else line)
         value = None if override.is_sweep_override() else override.value()
     except Exception as error:  # Hydra's visitor lets ValueError, RecursionError and others through
         raise Refused(f"{spell(line)}: not an override ({one_line(error)}); put special characters in quotes") from None

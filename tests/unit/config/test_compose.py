@@ -64,6 +64,11 @@ def test_groups_by_package_delete_and_add(toys: list[str]) -> None:
     assert composed.origins["mixer.softmax.window"] == "conf/mixer/sliding_window.yaml"
 
 
+def test_a_path_may_begin_at_home() -> None:
+    tree = compose(["run.dir=~/my runs", "run.name='~/x'"]).tree
+    assert tree["run"] == {"dir": "~/my runs", "name": "~/x"}
+
+
 def test_last_writer_is_the_origin(toys: list[str]) -> None:
     composed = compose([*toys, "mixer.toy.gate=sigmoid", "cluster.resources={CPU: 2}", "optimizer.betas.1=0.9"])
     folder = str(composed.plugins[0])

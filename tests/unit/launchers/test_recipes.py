@@ -1,5 +1,6 @@
 """The recipes in launchers/ and docker/ are well-formed, keep the token secret, and name settings that exist."""
 
+import importlib
 import os
 import re
 import shlex
@@ -11,8 +12,12 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from longtrain.bench import parse_options
+from longtrain.cluster.resolve import resolve
+
 ROOT = Path(__file__).parents[3]
 LAUNCHERS = ROOT / "launchers"
+GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("longtrain/*/README.md"))]
 SHELL_SCRIPTS = sorted([*LAUNCHERS.glob("*.sh"), *LAUNCHERS.glob("*.sbatch"), ROOT / ".ci" / "run"])
 
 
@@ -39,13 +44,13 @@ def exists_in_conf(override: str) -> bool:
     return False
 
 
-def overrides(text: str) -> list[str]:
-    """The overrides after every command of a text that takes them."""
+def overrides(text: str) -> list[list[str]]:
+    """The overrides of every command of a text that takes them."""
     command = r"longtrain (?:train|submit|config)(?: --address \S+)?|quickstart\.sh|slurm\.sbatch"
     override = r"'[^'\n]*'|\"[^\"\n]*\"|[\w.]+=[^\s'`]+"
     joined = re.sub(r"\\?\n#?\s+", " ", text)
     found = re.findall(rf"(?:{command})((?:\s+(?:{override}))+)", joined)
-    return [word for arguments in found for word in shlex.split(arguments) if "=" in word]
+    return [[word for word in shlex.split(arguments) if "=" in word] for arguments in found]
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: path.name)
@@ -102,11 +107,21 @@ def test_image_is_pinned_and_ends_as_an_ordinary_user() -> None:
 
 
 @pytest.mark.parametrize("path", [*sorted(LAUNCHERS.iterdir()), ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=str)
-def test_overrides_that_are_shown_exist(path: Path) -> None:
-    assert [override for override in overrides(path.read_text()) if not exists_in_conf(override)] == []
+def test_overrides_that_are_shown_exist_and_go_together(path: Path) -> None:
+    for shown in overrides(path.read_text()):
+        assert [override for override in shown if not exists_in_conf(override)] == []
+        if not any("$" in override for override in shown):  # a shell's value
+            resolve(shown)
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=str)
+def test_options_of_benchmarks_that_are_shown_are_not_refused(path: Path) -> None:
+    for name, words in re.findall(r"^longtrain bench ([\w-]+)(.*)", path.read_text(), re.MULTILINE):
+        options = [word for word in shlex.split(words, comments=True) if word != "--help"]
+        parse_options(name, importlib.import_module(f"longtrain.bench.{name.replace('-', '_')}").Config, options)
 
 
 def test_the_check_of_overrides_bites() -> None:
-    shown = overrides("longtrain train 'cluster.resources={CPU: 1}' steps=5 model=nothing \\\n    data.nothing=1")
+    [shown] = overrides("longtrain train 'cluster.resources={CPU: 1}' steps=5 model=nothing \\\n    data.nothing=1")
     assert shown == ["cluster.resources={CPU: 1}", "steps=5", "model=nothing", "data.nothing=1"]
     assert [exists_in_conf(override) for override in shown] == [True, True, False, False]
