@@ -49,8 +49,10 @@ class Rows:
 
 
 def extrapolate(mode: Mode, rows: list[Row], memory_bytes: int) -> Row | None:
-    """The longest context of a mode that would fit, and bytes a token of the phase of a step that fills the memory
-    there; None where there are too few lengths."""
+    """The longest context of a mode that would fit; None where there are too few lengths.
+
+    With the phase of a step that fills the memory there, and its bytes a token.
+    """
     lines = {name: found for name, points in _points(rows).items() if (found := fit(points)) is not None}
     if not lines:
         return None

@@ -18,8 +18,9 @@ like a mode, and what is wrong with it is told without failing the benchmark.
 
 Peak memory is what PyTorch's allocator has given out on the GPU at most during the step, parameters and gradients with
 it; "rest" is less both of these. What it is made of is told for the longest row of each mode, and each phase of a step,
-forward or the backward pass of a block, has its own line into contexts that were not measured (`_stream_memory`). Model
-operations are counted once, however often a mode computes them.
+forward or the backward pass of a block, has its own line into contexts that were not measured (`_stream_memory`). "host
+waits" is how long the GPU stood still in the last step for copies to and from the host's memory. Model operations are
+counted once, however often a mode computes them.
 
 `ranks=P` shares the sequence among P ranks, a GPU each or processes on a CPU, which the command starts itself. Then:
 
@@ -32,6 +33,7 @@ operations are counted once, however often a mode computes them.
 - A rank that fails or runs out of memory where others wait for it ends the benchmark.
 """
 
+import math
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -200,8 +202,7 @@ def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Re
                 report.set("peers", {STREAMBP.name: {"version": installed(STREAMBP.name), "missing": absent}})
                 table.head(report.content["machine"], plan, content, absent)
             case "verdict":
-                # JSON has no NaN.
-                verdicts.append({name: None if value != value else value for name, value in content.items()})
+                verdicts.append({name: _in_json(value) for name, value in content.items()})
                 report.set("gate", {"mode": plan.gate_mode.name, "tokens": plan.gate_tokens, "verdicts": verdicts})
                 table.verdict(Verdict(**content), plan.gate_tokens)
             case "refused":
@@ -220,3 +221,8 @@ def _tell(source: Generator[tuple[str, Any], None, None], plan: Plan, report: Re
         table.fits(rows.fits(modes, memory), memory)
         table.classes(rows.longest(modes), parameters)
     return failed
+
+
+def _in_json(value: Any) -> Any:
+    """Which has neither NaN nor infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

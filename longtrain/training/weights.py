@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longtrain.checkpoint.commit import committed
+from longtrain.checkpoint.commit import checkpoints_in
 from longtrain.checkpoint.store import CheckpointStore
 from longtrain.checkpoint.verify import read_metadata
 from longtrain.core.errors import CorruptCheckpoint, Refused
@@ -25,7 +25,7 @@ def check_weights(path: Path, key: str, config: TrainingConfig) -> None:
         _check_model(read_metadata(folder), path, key, config)
     except CorruptCheckpoint as problem:
         places = [place for place in (folder / "checkpoints", folder) if place.is_dir()]
-        near = next((path for place in places for path in committed(place)), None)
+        near = next((path for place in places for path in checkpoints_in(place)), None)
         remedy = "name another one" if near is None else f"did you mean {near}?"
         raise Refused(f"{key}={path} is no good checkpoint ({problem}); {remedy}") from None
 

@@ -37,11 +37,11 @@ def test_every_recurrent_mixer(rank_pool: Callable[[int], RankPool], name: str) 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_every_attention(rank_pool: Callable[[int], RankPool], attend: str, layout: LayoutKind, ranks: int) -> None:
-    """Chunks of 3 tokens leave ranks empty; keys and values are made again for blocks that are not the last.
+    """Chunks of 2 tokens leave ranks empty; keys and values are made again for blocks that are not the last.
 
     The second chunk of 28 + 1 tokens has none for some ranks, whose tokens are all in the first one.
     """
-    cuts: list[tuple[Any, int]] = [(1, 28), ("recurrent", 5), ("all", 28)] if ranks == 2 else [("all", 3)]
+    cuts: list[tuple[Any, int]] = [(1, 28), ("recurrent", 5), ("all", 28)] if ranks == 2 else [("all", 2)]
     cases = [
         StreamCase(block_layers=block, chunk_tokens=chunk, attend=attend, layout=layout, offload=offload)
         for (block, chunk), offload in zip(cuts, OFFLOADS, strict=False)

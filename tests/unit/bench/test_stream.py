@@ -64,6 +64,9 @@ def test_a_row_for_every_mode_and_length(tmp_path: Path, capsys: Any) -> None:
     assert checkpointing["of_checkpointing"] == 1.0
     assert [verdict["mode"] for verdict in content["gate"]["verdicts"]] == list(MODES)
     assert content["gate"]["tokens"] == 24
+    own, *others = content["gate"]["verdicts"]
+    assert own["bound"] is None  # JSON has no NaN
+    assert all(0 <= verdict["together"] <= verdict["bound"] for verdict in others)
     assert content["held"]["gradient_bytes"] == content["held"]["parameter_bytes"] > 0
     printed = capsys.readouterr().out
     assert "CPU: times alone" in printed and "gate at 24 tokens" in printed

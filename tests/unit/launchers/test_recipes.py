@@ -17,7 +17,12 @@ from longtrain.cluster.resolve import resolve
 
 ROOT = Path(__file__).parents[3]
 LAUNCHERS = ROOT / "launchers"
-GUIDES = [ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted(ROOT.glob("longtrain/*/README.md"))]
+GUIDES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "kernels" / "README.md",
+    *sorted(ROOT.glob("longtrain/*/README.md")),
+]
 SHELL_SCRIPTS = sorted([*LAUNCHERS.glob("*.sh"), *LAUNCHERS.glob("*.sbatch"), ROOT / ".ci" / "run"])
 
 
@@ -111,14 +116,18 @@ def test_overrides_that_are_shown_exist_and_go_together(path: Path) -> None:
     for shown in overrides(path.read_text()):
         assert [override for override in shown if not exists_in_conf(override)] == []
         if not any("$" in override for override in shown):  # a shell's value
-            resolve(shown)
+            assert resolve(shown).config.run.name
 
 
 @pytest.mark.parametrize("path", GUIDES, ids=str)
 def test_options_of_benchmarks_that_are_shown_are_not_refused(path: Path) -> None:
-    for name, words in re.findall(r"^longtrain bench ([\w-]+)(.*)", path.read_text(), re.MULTILINE):
-        options = [word for word in shlex.split(words, comments=True) if word != "--help"]
-        parse_options(name, importlib.import_module(f"longtrain.bench.{name.replace('-', '_')}").Config, options)
+    shown = re.findall(r"longtrain bench ([\w-]+)((?: \w+=[^\s`]+)*)", path.read_text())
+    assert shown
+    for name, words in shown:
+        options = [word for word in words.split() if "<" not in word]  # <name> stands for one
+        config = importlib.import_module(f"longtrain.bench.{name.replace('-', '_')}").Config
+        found = parse_options(name, config, options)
+        assert {option.partition("=")[0] for option in options} <= vars(found).keys()
 
 
 def test_the_check_of_overrides_bites() -> None:

@@ -47,7 +47,7 @@ def test_what_waits_between_chunks() -> None:
 
 
 @pytest.mark.parametrize(("block_layers", "waits"), [(1, 1), ("all", 0)])
-def test_blocks_keep_their_inputs(block_layers: int, waits: int) -> None:
+def test_blocks_keep_their_inputs(block_layers: int | Literal["all"], waits: int) -> None:
     [(_, found), *_] = watched(StreamCase(("simple_gla", "softmax"), block_layers, CHUNK, TOKENS))
     assert found.block_inputs == TOKENS * (SEQUENCES * BYTES + waits * HIDDEN)
 
@@ -70,16 +70,20 @@ def test_one_chunk_is_on_its_way_from_the_host() -> None:
 def test_nothing_waits_any_more_after_a_step(
     pattern: tuple[str, ...], offload: Literal["none", "host"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even until the garbage collector finds it: cycles through autograd's graph are out of its sight."""
+    """The garbage collector does not see cycles through autograd's graph."""
     alive: weakref.WeakSet[Prefixes] = weakref.WeakSet()
+    made_in_all: list[int] = []
     made = Prefixes.__init__
 
     def watch(prefixes: Prefixes, *arguments: Any, **named: Any) -> None:
         made(prefixes, *arguments, **named)
+        made_in_all.append(id(prefixes))
         alive.add(prefixes)
 
     monkeypatch.setattr(Prefixes, "__init__", watch)
-    for block_layers in (1, "all"):
-        assert watched(StreamCase(pattern, block_layers, CHUNK, TOKENS, offload=offload))  # type: ignore[arg-type]
+    for chunk_tokens in (CHUNK, 2 * CHUNK):
+        watched(StreamCase(pattern, "all", chunk_tokens, TOKENS, offload=offload))
+        watched(StreamCase(pattern, 1, chunk_tokens, TOKENS, offload=offload))
+    assert made_in_all
     gc.collect()
     assert list(alive) == []
