@@ -65,7 +65,7 @@ class Figures:
     phases: list[Phase]
     """What made it; none on a CPU."""
     host_bytes: int | None
-    """Of a rank's pinned memory at most, about; None on a CPU, and where PyTorch does not count it."""
+    """Pinned by a rank at most, with what is free for reuse; None on a CPU, and where PyTorch does not count it."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +194,8 @@ def measure(
 
 
 def _pinned(device: torch.device) -> int | None:
-    """Peak of this process's pinned memory since the step began."""
-    return torch.cuda.host_memory_stats().get("active_bytes.peak") if device.type == "cuda" else None
+    """Of the host, what this process has pinned, with what is free for reuse: what is in use PyTorch 2.11 miscounts."""
+    return torch.cuda.host_memory_stats().get("allocated_bytes.peak") if device.type == "cuda" else None
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -210,6 +210,8 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        empty_pinned = getattr(torch.accelerator, "empty_host_cache", None)  # not in PyTorch 2.11
+        (empty_pinned or torch._C._host_emptyCache)()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

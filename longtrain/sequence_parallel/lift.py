@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-LEAVING = 4  # copies to the host that may be unfinished before the device waits for the oldest
+# The device waits for the oldest copy to the host when more than so many are unfinished, of so many bytes in all: the
+# carries of a chunk are many and small.
+LEAVING, LEAVING_BYTES = 4, 2**28
 
 
 class Lift:
@@ -34,7 +36,7 @@ class Lift:
         with torch.cuda.stream(self._stream):
             there.copy_(x, non_blocking=True)
             self._leaving.append((x, self._stream.record_event()))
-        while len(self._leaving) > LEAVING:
+        while len(self._leaving) > LEAVING and sum(x.nbytes for x, _ in self._leaving) > LEAVING_BYTES:
             self._wait_for(self._leaving.popleft()[1])
         return there
 

@@ -47,12 +47,12 @@ class Prefix:
         """
         if rows.alone:
             return k, v
+        self._rows = rows
         if self.only_fill:
             for store, new in zip(self._kept, (k, v), strict=True):
                 store.write(rows, new)
             raise Filled
         found: tuple[Tensor, Tensor] = _Extend.apply(k, v, self, rows)
-        self._rows = rows
         self._extended = list(zip(found, self._kept, strict=True))
         return found
 
@@ -60,15 +60,29 @@ class Prefix:
         """How to get back what `extend` returned last, in place of saving it; None for another tensor."""
         for x, store in self._extended if tensor.numel() else ():
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-                return partial(store.read, self._rows.end)
+                return partial(self._again, store, self._rows.end)
         return None
 
-    def leave(self, above: "Prefix | None") -> None:
-        """The layer has attended; the one above it will."""
+    def leave(self) -> None:
+        """The layer has attended."""
         self._extended = []
-        if above is not None and not above.only_fill:
-            for store in above._kept:
-                store.prefetch(self._rows.begin, self._rows.end)
+
+    def prefetch_chunk(self, rows: Rows) -> None:
+        """It attends next, in the same chunk as the layer below, whose rows these are."""
+        for store in self._kept:
+            store.prefetch(rows.begin, rows.end)
+
+    def prefetch_next_chunk(self) -> None:
+        """It attends next, in the chunk behind this one; all but the last are of one length."""
+        begin, end, total, _ = self._rows
+        if end < total:
+            for store in self._kept:
+                store.prefetch(end, min(2 * end - begin, total))
+
+    def prefetch_again(self) -> None:
+        """It is differentiated next."""
+        for store in self._kept:
+            store.prefetch(self._rows.end, self._rows.end)
 
     def join(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """`extend` without gradients. Rows that are there already are written again, the same."""
@@ -80,16 +94,30 @@ class Prefix:
             store.add(grad, rows, accumulator_dtype(grad.dtype)).to(grad.dtype)
             for store, grad in zip(self._sums, (dk, dv), strict=True)
         ]
-        if self._below is not None:  # whose turn is next
-            for store in (*self._below._kept, *self._below._sums):
-                store.prefetch(rows.end, rows.end)
+        if self._below is not None:
+            self._below.prefetch_again()
+        else:  # the next to attend, in the chunk before
+            for store in self._kept:
+                store.prefetch_before(rows.begin)
         return own[0], own[1]
+
+    @property
+    def rows(self) -> Rows:
+        """Of the chunk that was there last."""
+        return self._rows
 
     @property
     def device_bytes(self) -> tuple[int, int]:
         """Of keys and values, and of the sums of their gradients, on the device."""
         kept, sums = (sum(store.device_bytes for store in pair) for pair in (self._kept, self._sums))
         return kept, sums
+
+    def _again(self, store: RowStore, end: int) -> Tensor:
+        """What was extended, for the backward pass, which adds to the sums next."""
+        found = store.read(end)
+        for sums in self._sums:
+            sums.prefetch(end, end)
+        return found
 
     def _store(self) -> RowStore:
         return DeviceRows() if self._lift is None else HostRows(self._lift)
@@ -129,14 +157,24 @@ class Prefixes:
         return self._prefixes[layer]
 
     def leave(self, layer: int) -> None:
-        """A layer has attended."""
-        self._prefixes[layer].leave(self._prefixes[layer + 1] if layer + 1 < len(self._prefixes) else None)
+        """A layer has attended. What is needed next comes back beside what the device computes until then."""
+        left = self._prefixes[layer]
+        left.leave()
+        above = self._prefixes[layer + 1] if layer + 1 < len(self._prefixes) else None
+        if above is not None and not above.only_fill:
+            above.prefetch_chunk(left.rows)
+        elif torch.is_grad_enabled():
+            left.prefetch_again()
+        else:
+            self._prefixes[0].prefetch_next_chunk()
 
     def all_filled(self) -> None:
-        """From now on layers attend."""
+        """From now on layers attend, in the last chunk first."""
         self._filled = 0
         for prefix in self._prefixes:
             prefix.only_fill = False
+        if self._prefixes:
+            self._prefixes[0].prefetch_next_chunk()
 
     def saving(self) -> AbstractContextManager[object]:
         """Around a forward pass with a graph: keys and values from the host are read again, not saved."""

@@ -28,6 +28,10 @@ class RowStore(Protocol):
         """`join` of the rows [count, room), or `read` of `count` = `room`, is likely to be next."""
         ...
 
+    def prefetch_before(self, end: int) -> None:
+        """`join` of the rows of the chunk that ends at `end` is likely to be next; they were written before."""
+        ...
+
     def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """Add [B, end, ...] to sums in this type, zero at first; returns those of [begin, end), not kept any more."""
         ...
@@ -61,6 +65,9 @@ class DeviceRows:
         return self._all[:, :end]
 
     def prefetch(self, count: int, room: int) -> None:
+        """They are here."""
+
+    def prefetch_before(self, end: int) -> None:
         """They are here."""
 
     def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
@@ -111,6 +118,10 @@ class HostRows:
         if count and self._pieces and self._soon is None:
             self._soon = (count, room), self._fetch(count, room)
 
+    def prefetch_before(self, end: int) -> None:
+        """See `RowStore`."""
+        self.prefetch(max((begin for begin in self._pieces if begin < end), default=0), end)
+
     def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
         """See `RowStore`."""
         total = self._get(rows.end, rows.end) if self._pieces else torch.zeros_like(x, dtype=dtype)
@@ -128,8 +139,9 @@ class HostRows:
 
     def _get(self, count: int, room: int) -> Tensor:
         soon, self._soon = self._soon, None
-        if soon is not None and soon[0] == (count, room):
-            return soon[1].wait()
+        found = None if soon is None else soon[1].wait()  # also if it is not what is wanted: its memory is free then
+        if found is not None and soon is not None and soon[0] == (count, room):
+            return found
         return self._fetch(count, room).wait()
 
     def _fetch(self, count: int, room: int) -> Coming:

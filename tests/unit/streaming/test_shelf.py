@@ -1,13 +1,16 @@
 """What waits for the backward pass keeps nothing else."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from longtrain.comm.group import Group
-from longtrain.sequence_parallel.lift import Lift
+from longtrain.sequence_parallel.lift import Coming, Lift
+from longtrain.sequence_parallel.rows import HostRows
+from longtrain.sequence_parallel.shard import Rows
 from longtrain.streaming.shelf import DeviceShelf, HostShelf
 from tests.harness.mixers import MIXERS
 from tests.harness.streaming import LOCAL, StreamCase, problem_of, stream_gradients
@@ -47,3 +50,40 @@ def test_gradients_take_the_place_of_inputs_at_the_host(monkeypatch: pytest.Monk
         shelf.put(chunk, [-found])
     assert places[3:] == places[2::-1]
     assert [shelf.take(chunk)[0].tolist() for chunk in (2, 1, 0)] == [[-2, -2], [-1, -1], [0, 0]]
+
+
+@pytest.mark.parametrize("block_layers", [1, 3, "recurrent", "all"])
+def test_keys_and_values_are_on_their_way_before_they_are_wanted(
+    block_layers: int | Literal["recurrent", "all"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last chunk is shorter than the others."""
+    hits: list[bool] = []
+    get = HostRows._get
+
+    def watch(store: HostRows, count: int, room: int) -> Tensor:
+        hits.append(store._soon is not None and store._soon[0] == (count, room))
+        return get(store, count, room)
+
+    monkeypatch.setattr(HostRows, "_get", watch)
+    case = StreamCase(("softmax", "simple_gla", "softmax", "softmax"), block_layers, 5, 28, offload="host")
+    stream_gradients(case, problem_of(case), Group(0, 1), LOCAL, torch.device("cpu"))
+    assert hits
+    assert all(hits)
+
+
+def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[tuple[int, ...]] = []
+    wait = Coming.wait
+
+    def watch(coming: Coming) -> Tensor:
+        waited.append(tuple(wait(coming).shape))
+        return wait(coming)
+
+    monkeypatch.setattr(Coming, "wait", watch)
+    store = HostRows(Lift(torch.device("cpu")))
+    x = torch.arange(6.0).view(1, 6, 1)
+    store.write(Rows(0, 3, 6, alone=False), x[:, :3])
+    store.prefetch(3, 6)
+    store.write(Rows(3, 4, 6, alone=False), x[:, 3:4])
+    assert torch.equal(store.read(4), x[:, :4])
+    assert waited == [(1, 6, 1), (1, 4, 1)]

@@ -53,7 +53,7 @@ def test_blocks_keep_their_inputs(block_layers: int | Literal["all"], waits: int
 
 
 def test_one_chunk_is_on_its_way_from_the_host() -> None:
-    """Tokens stay on the device; keys and values of the only softmax layer come when they are wanted."""
+    """Tokens stay on the device; keys and values of the next chunk come while this one is computed."""
     seen = watched(StreamCase(("simple_gla", "softmax"), 1, CHUNK, TOKENS, offload="host"))
     tokens, ahead = SEQUENCES * BYTES, CHUNK * HIDDEN
     # The backward pass begins with the last chunk, of the tokens that are left.
@@ -62,7 +62,11 @@ def test_one_chunk_is_on_its_way_from_the_host() -> None:
     inputs += [chunk * CHUNK * tokens + (ahead if chunk else 0) for chunk in (5, 4, 3, 2, 1, 0)]
     assert [found.block_inputs for _, found in seen] == inputs
     assert [found.carries for _, found in seen] == 7 * [0] + 4 * [CARRY] + 2 * [0]
-    assert {(found.keys_and_values, found.key_and_value_gradients) for _, found in seen} == {(0, 0)}
+    # Those of the last chunk, with all before it, and then those before the chunk that has been differentiated.
+    assert [found.keys_and_values for _, found in seen] == [
+        rows * KEYS_AND_VALUES for rows in (TOKENS, 25, 20, 15, 10, 0, 0, *6 * [0])
+    ]
+    assert {found.key_and_value_gradients for _, found in seen} == {0}
 
 
 @pytest.mark.parametrize("offload", ["none", "host"])
