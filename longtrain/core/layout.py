@@ -6,10 +6,10 @@ zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal atten
 2024, section 3.3.2). A rank's rows are those of its slots in ascending order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -117,3 +117,11 @@ def overlap(a: Span, b: Span) -> Span:
     """The common part of two spans, empty as (x, x)."""
     begin = max(a[0], b[0])
     return begin, max(begin, min(a[1], b[1]))
+
+
+def mean_context(layouts: Iterable[SequenceLayout]) -> float:
+    """Tokens that a causal token of some batches sees on average: half of its document."""
+    lengths = [
+        end - begin for layout in layouts for row in layout.starts for begin, end in pairwise((*row, layout.length))
+    ]
+    return sum(length**2 for length in lengths) / (2 * sum(lengths))

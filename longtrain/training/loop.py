@@ -14,6 +14,7 @@ from longtrain.checkpoint.store import CheckpointStore
 from longtrain.comm.mesh import Mesh
 from longtrain.core.contracts import Objective
 from longtrain.core.errors import Diverged, Refused
+from longtrain.core.layout import mean_context
 from longtrain.engine.replicated import ReplicatedEngine, StepResult
 from longtrain.model.model import Model
 from longtrain.streaming.stream import Stream
@@ -50,6 +51,8 @@ class _Done:
     peak_memory_bytes: int
     host_wait_seconds: float
     """The most of any rank."""
+    mean_context: float
+    """Tokens that a token sees on average, over all ranks."""
     stop: bool
     """Whether any rank was asked to stop."""
 
@@ -106,7 +109,9 @@ class Loop:
         losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
-        (loss, *metrics), memory, waited = self._over_ranks(torch.stack(losses).sum(0) / count)
+        context = mean_context([batch.layout for batch in batches]) / self.mesh.world.size
+        shares = torch.cat([torch.stack(losses).sum(0) / count, sums.new_tensor([context])])
+        (loss, *metrics, context), memory, waited = self._over_ranks(shares)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
             raise Diverged(
@@ -114,7 +119,7 @@ class Loop:
                 "stream); nothing of this step is saved: lower optimizer.learning_rate and run the command again"
             )
         told = dict(zip(self.objective.metrics, metrics, strict=True))
-        return _Done(loss, told, result, memory, waited, stop=bool(sums[1] > 0))
+        return _Done(loss, told, result, memory, waited, context, stop=bool(sums[1] > 0))
 
     def _over_ranks(self, shares: Tensor) -> tuple[list[float], int, float]:
         """Sums of the ranks' shares [n], and their largest peak memory in bytes and wait for the host in s."""
@@ -138,7 +143,7 @@ class Loop:
             tokens_per_second=size / seconds,
             peak_memory_bytes=step_done.peak_memory_bytes,
             host_wait_seconds=step_done.host_wait_seconds,
-            mfu=self._mfu(size / seconds),
+            mfu=self._mfu(size / seconds, step_done.mean_context),
         )
         self.records.metrics(done)
         self.listener.event(done)
@@ -176,15 +181,18 @@ class Loop:
             self.listener.event(CheckpointDone(step=step, path=str(path), seconds=time.perf_counter() - begun))
         self.ledger = []
 
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOP utilisation over all ranks, or None where the device's peak is not known."""
+    def _mfu(self, tokens_per_second: float, mean_context: float) -> float | None:
+        """Model FLOP utilisation over all ranks, or None where the device's peak is not known.
+
+        A token of a packed sequence attends to its own document alone, and counts no more.
+        """
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
         peak = next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
         if peak is None:
             return None
-        flops = self.model.flops_per_token(self.config.context_length / 2)
+        flops = self.model.flops_per_token(mean_context)
         return tokens_per_second * flops / (peak * self.mesh.world.size)
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtrain.core.kinds import LayoutKind
-from longtrain.core.layout import SequenceLayout, overlap, span_index
+from longtrain.core.layout import SequenceLayout, mean_context, overlap, span_index
 
 KINDS = st.sampled_from(["contiguous", "zigzag"])
 
@@ -61,3 +61,10 @@ def test_overlap_of_disjoint_spans_is_empty() -> None:
     assert overlap((0, 5), (3, 9)) == (3, 5)
     begin, end = overlap((0, 2), (5, 9))
     assert begin == end
+
+
+def test_a_token_sees_half_of_its_document_on_average() -> None:
+    assert mean_context([SequenceLayout(8, 1, ((0,),))]) == 4
+    # Three documents of 8, two of 6 and two of 2 tokens.
+    layouts = [SequenceLayout(8, 2, ((0,), (0, 2)), 3), SequenceLayout(8, 2, ((0, 6), (0,), (0,)))]
+    assert mean_context(layouts) == (3 * 64 + 2 * 36 + 2 * 4) / (2 * 40)
