@@ -210,7 +210,7 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-        empty_pinned = getattr(torch.accelerator, "empty_host_cache", None)  # not in PyTorch 2.11
+        empty_pinned = getattr(torch.accelerator, "empty_host_cache", None)  # of newer versions
         (empty_pinned or torch._C._host_emptyCache)()
 
 

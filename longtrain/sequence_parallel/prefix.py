@@ -36,7 +36,10 @@ class Prefix:
         self._kept: tuple[RowStore, RowStore] = self._store(), self._store()
         self._sums: tuple[RowStore, RowStore] = self._store(), self._store()
         self._extended: list[tuple[Tensor, RowStore]] = []
-        self._rows = Rows(0, 0, 0, alone=True)
+        self._read_again = False
+        """Whether the backward pass reads what was extended last; an algorithm may have saved something else."""
+        self.rows = Rows(0, 0, 0, alone=True)
+        """Of the chunk that was there last."""
 
     def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """Keys [B, rows.end, G, K] and values [B, rows.end, G, V] of all chunks so far from those of this one.
@@ -47,7 +50,7 @@ class Prefix:
         """
         if rows.alone:
             return k, v
-        self._rows = rows
+        self.rows, self._read_again = rows, False
         if self.only_fill:
             for store, new in zip(self._kept, (k, v), strict=True):
                 store.write(rows, new)
@@ -60,7 +63,8 @@ class Prefix:
         """How to get back what `extend` returned last, in place of saving it; None for another tensor."""
         for x, store in self._extended if tensor.numel() else ():
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-                return partial(self._again, store, self._rows.end)
+                self._read_again = True
+                return partial(self._again, store, self.rows.end)
         return None
 
     def leave(self) -> None:
@@ -74,15 +78,15 @@ class Prefix:
 
     def prefetch_next_chunk(self) -> None:
         """It attends next, in the chunk behind this one; all but the last are of one length."""
-        begin, end, total, _ = self._rows
+        begin, end, total, _ = self.rows
         if end < total:
             for store in self._kept:
                 store.prefetch(end, min(2 * end - begin, total))
 
     def prefetch_again(self) -> None:
-        """It is differentiated next."""
-        for store in self._kept:
-            store.prefetch(self._rows.end, self._rows.end)
+        """It is differentiated next; sums follow what is read again."""
+        for store in self._kept if self._read_again else self._sums:
+            store.prefetch(self.rows.end, self.rows.end)
 
     def join(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """`extend` without gradients. Rows that are there already are written again, the same."""
@@ -100,11 +104,6 @@ class Prefix:
             for store in self._kept:
                 store.prefetch_before(rows.begin)
         return own[0], own[1]
-
-    @property
-    def rows(self) -> Rows:
-        """Of the chunk that was there last."""
-        return self._rows
 
     @property
     def device_bytes(self) -> tuple[int, int]:
@@ -163,7 +162,7 @@ class Prefixes:
         above = self._prefixes[layer + 1] if layer + 1 < len(self._prefixes) else None
         if above is not None and not above.only_fill:
             above.prefetch_chunk(left.rows)
-        elif torch.is_grad_enabled():
+        elif torch.is_grad_enabled():  # the chunk's backward pass follows
             left.prefetch_again()
         else:
             self._prefixes[0].prefetch_next_chunk()

@@ -139,9 +139,11 @@ class HostRows:
 
     def _get(self, count: int, room: int) -> Tensor:
         soon, self._soon = self._soon, None
-        found = None if soon is None else soon[1].wait()  # also if it is not what is wanted: its memory is free then
-        if found is not None and soon is not None and soon[0] == (count, room):
-            return found
+        if soon is not None:
+            found = soon[1].wait()
+            if soon[0] == (count, room):
+                return found
+            del found, soon  # their memory can hold what is wanted
         return self._fetch(count, room).wait()
 
     def _fetch(self, count: int, room: int) -> Coming:

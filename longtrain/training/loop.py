@@ -109,9 +109,8 @@ class Loop:
         losses = [self.stream.backward(batch.tokens, batch.targets, batch.layout, count) for batch in batches]
         self.stream.deliver()
         result = self.engine.step(step)
-        context = mean_context([batch.layout for batch in batches]) / self.mesh.world.size
-        shares = torch.cat([torch.stack(losses).sum(0) / count, sums.new_tensor([context])])
-        (loss, *metrics, context), memory, waited = self._over_ranks(shares)
+        own_context = mean_context(batch.layout for batch in batches)
+        (loss, *metrics), memory, waited, context = self._over_ranks(torch.stack(losses).sum(0) / count, own_context)
         if not (math.isfinite(loss) and math.isfinite(result.grad_norm)):
             end = position + self.reader.tokens_per_step
             raise Diverged(
@@ -121,12 +120,15 @@ class Loop:
         told = dict(zip(self.objective.metrics, metrics, strict=True))
         return _Done(loss, told, result, memory, waited, context, stop=bool(sums[1] > 0))
 
-    def _over_ranks(self, shares: Tensor) -> tuple[list[float], int, float]:
-        """Sums of the ranks' shares [n], and their largest peak memory in bytes and wait for the host in s."""
+    def _over_ranks(self, shares: Tensor, context: float) -> tuple[list[float], int, float, float]:
+        """Sums of the ranks' shares [n], their largest peak memory in bytes and wait for the host in s, and the mean of
+        their contexts."""
         memory = peak_memory(self.device) + self.mesh.sequence.lane_bytes
-        most = torch.tensor([memory, self.stream.host_wait_seconds()], dtype=torch.float64, device=self.device)
-        gathered = torch.stack(self.mesh.world.all_gather(torch.cat([most, shares]))).cpu()
-        return gathered[:, 2:].sum(0).tolist(), int(gathered[:, 0].max()), gathered[:, 1].max().item()
+        own = [memory, self.stream.host_wait_seconds(), context]
+        mine = torch.cat([torch.tensor(own, dtype=torch.float64, device=self.device), shares])
+        gathered = torch.stack(self.mesh.world.all_gather(mine)).cpu()
+        memories, waits, contexts = gathered[:, :3].unbind(1)
+        return gathered[:, 3:].sum(0).tolist(), int(memories.max()), waits.max().item(), contexts.mean().item()
 
     def _record(self, step: int, tokens: int, step_done: _Done, seconds: float) -> None:
         if self.records is None:

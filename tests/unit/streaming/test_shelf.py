@@ -1,6 +1,7 @@
 """What waits for the backward pass keeps nothing else."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Group
+from longtrain.sequence_parallel import local
+from longtrain.sequence_parallel.attend import all_gather
+from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.lift import Coming, Lift
 from longtrain.sequence_parallel.rows import HostRows
-from longtrain.sequence_parallel.shard import Rows
+from longtrain.sequence_parallel.shard import Rows, Shard
 from longtrain.streaming.shelf import DeviceShelf, HostShelf
 from tests.harness.mixers import MIXERS
 from tests.harness.streaming import LOCAL, StreamCase, problem_of, stream_gradients
@@ -52,23 +56,34 @@ def test_gradients_take_the_place_of_inputs_at_the_host(monkeypatch: pytest.Monk
     assert [shelf.take(chunk)[0].tolist() for chunk in (2, 1, 0)] == [[-2, -2], [-1, -1], [0, 0]]
 
 
+@pytest.mark.parametrize("attend", [local.attend, all_gather.attend])
 @pytest.mark.parametrize("block_layers", [1, 3, "recurrent", "all"])
-def test_keys_and_values_are_on_their_way_before_they_are_wanted(
-    block_layers: int | Literal["recurrent", "all"], monkeypatch: pytest.MonkeyPatch
+def test_keys_and_values_are_on_their_way_before_they_are_wanted_and_no_others(
+    block_layers: int | Literal["recurrent", "all"],
+    attend: Callable[[AttendCall, Shard], Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The last chunk is shorter than the others."""
+    """The last chunk is shorter than the others. `all_gather` saves what it has gathered, and reads nothing again."""
     hits: list[bool] = []
-    get = HostRows._get
+    fetched: list[int] = []
+    get, fetch = HostRows._get, HostRows._fetch
 
     def watch(store: HostRows, count: int, room: int) -> Tensor:
         hits.append(store._soon is not None and store._soon[0] == (count, room))
         return get(store, count, room)
 
+    def watch_fetch(store: HostRows, count: int, room: int) -> Coming:
+        fetched.append(count)
+        return fetch(store, count, room)
+
     monkeypatch.setattr(HostRows, "_get", watch)
+    monkeypatch.setattr(HostRows, "_fetch", watch_fetch)
     case = StreamCase(("softmax", "simple_gla", "softmax", "softmax"), block_layers, 5, 28, offload="host")
-    stream_gradients(case, problem_of(case), Group(0, 1), LOCAL, torch.device("cpu"))
+    algorithms = replace(LOCAL, attend=attend)
+    stream_gradients(case, problem_of(case), Group(0, 1), algorithms, torch.device("cpu"))
     assert hits
     assert all(hits)
+    assert len(fetched) == len(hits)
 
 
 def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +91,9 @@ def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) ->
     wait = Coming.wait
 
     def watch(coming: Coming) -> Tensor:
-        waited.append(tuple(wait(coming).shape))
-        return wait(coming)
+        found = wait(coming)
+        waited.append(tuple(found.shape))
+        return found
 
     monkeypatch.setattr(Coming, "wait", watch)
     store = HostRows(Lift(torch.device("cpu")))
