@@ -33,6 +33,49 @@ def test_every_recurrent_mixer(rank_pool: Callable[[int], RankPool], name: str) 
     check(rank_pool(2), [StreamCase((name,), 1, 11, scan=scan, layout=cut) for scan in SCANS for cut in LAYOUTS])
 
 
+@pytest.mark.parametrize("name", sorted(RECURRENT))
+def test_every_recurrent_mixer_in_blocks_on_four_ranks(rank_pool: Callable[[int], RankPool], name: str) -> None:
+    """Also in one document, and in chunks that leave ranks empty. The scans take turns."""
+    turn = sorted(RECURRENT).index(name)
+    one, other = (SCANS[i % len(SCANS)] for i in (turn, turn + 1))
+    cases = [
+        StreamCase((name,) * 3, "all", 11, 17, packed=False, scan=one, layout="contiguous"),
+        StreamCase((name,) * 3, 2, 2, 17, scan=other, layout="zigzag"),
+    ]
+    check(rank_pool(4), cases)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_of_one_token_and_one_document(rank_pool: Callable[[int], RankPool], layout: LayoutKind) -> None:
+    cases = [
+        StreamCase(block_layers="all", chunk_tokens=1, length=7, layout=layout),
+        StreamCase(block_layers=2, chunk_tokens=1, length=7, packed=False, layout=layout, offload="host"),
+        *(
+            StreamCase(block_layers="recurrent", chunk_tokens=11, packed=False, attend=attend, layout=layout)
+            for attend in ATTENDS
+        ),
+    ]
+    check(rank_pool(2), cases)
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize(
+    "frozen",
+    [("embedding",), ("blocks",), ("blocks.0", "blocks.1", "embedding"), ("blocks.1", "blocks.3"), ("head",)],
+    ids=["embedding", "layers", "below", "between", "head"],
+)
+def test_frozen_parameters(
+    rank_pool: Callable[[int], RankPool], frozen: tuple[str, ...], offload: Literal["none", "host"]
+) -> None:
+    """Also with gradients summed over batches."""
+    cuts: list[tuple[Any, int]] = [(1, 2), (2, 2), ("all", 3)]
+    cases = [
+        StreamCase(block_layers=block, chunk_tokens=11, frozen=frozen, micro_batch_size=m, offload=offload)
+        for block, m in cuts
+    ]
+    check(rank_pool(2), cases)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("attend", ATTENDS)

@@ -13,6 +13,7 @@ from longtrain.core.errors import CorruptCheckpoint, Refused
 from longtrain.core.kinds import LayoutKind
 from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
+from longtrain.streaming.config import StreamConfig
 from longtrain.telemetry.events import Started, StepDone, Warned
 from longtrain.telemetry.records import check_ledger
 from longtrain.training import rank
@@ -51,6 +52,19 @@ def test_losses_do_not_depend_on_the_number_of_ranks(tmp_path: Path, rank_pool: 
         got = losses(rank_pool(world_size).run(train_rank, same)[0])
         # float32 sums in another order, over 12 steps of a model that amplifies them; the project's bound
         assert got == pytest.approx(want, rel=1e-5), name
+
+
+def test_streaming_changes_neither_losses_nor_counters(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:
+    config = tiny_config(tmp_path, context_length=203, steps=4)
+    whole = train_rank(with_ranks(config, 1))
+    stream = StreamConfig(block_layers=1, chunk_tokens=29, logit_tokens=7, offload="host")
+    for ranks, micro_batch_size in ((1, 1), (2, 2)):
+        cut = with_ranks(config, ranks, micro_batch_size=micro_batch_size, stream=stream)
+        cut = replace(cut, run=replace(cut.run, name=f"streamed-{ranks}"))
+        events = rank_pool(ranks).run(train_rank, cut)[0] if ranks > 1 else train_rank(cut)
+        assert losses(events) == pytest.approx(losses(whole), rel=1e-5)  # float32 sums in another order
+        assert [(e.step, e.tokens) for e in events if isinstance(e, StepDone)] == [(n, n * 406) for n in range(1, 5)]
+        assert check_ledger(config.run.dir / cut.run.name / "ledger.jsonl", last_step=4) == []
 
 
 def test_another_context_length_needs_no_other_change(tmp_path: Path, rank_pool: Callable[[int], RankPool]) -> None:

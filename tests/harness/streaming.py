@@ -111,13 +111,17 @@ def problem_of(case: StreamCase, device: str = "cpu") -> Problem:
 def stream_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL, device: str = "cpu") -> float:
     """Largest error, relative to the largest entry of the exact tensor, of the loss, of metrics and of every gradient.
 
-    Losses and gradients are summed over ranks, as a loop and an engine do.
+    Losses and gradients are summed over ranks, as a loop and an engine do. Every parameter that is not frozen must be
+    given its gradient once, the others never.
     """
     exact = problem_of(case, device)
-    found = stream_gradients(case, exact, group, chosen, torch.device(device))
+    with count_deliveries(exact) as deliveries:
+        found = stream_gradients(case, exact, group, chosen, torch.device(device))
+    assert deliveries == dict.fromkeys(exact.grads, 1), f"{case}: {deliveries}"
     figures = group.all_reduce(found[0].clone()) - exact.figures
     errors = (figures.abs() / (exact.figures.abs() + 1e-30)).tolist()
     # One sum over ranks for all parameters: most of a case's time would be their exchanges.
+    assert found[1].keys() == exact.grads.keys()
     parts = group.all_reduce(torch.cat([found[1][name].flatten() for name in exact.grads]))
     for want, got in zip(exact.grads.values(), parts.split([g.numel() for g in exact.grads.values()]), strict=True):
         errors.append(((got.view_as(want) - want).abs().max() / (want.abs().max() + 1e-30)).item())
@@ -132,7 +136,7 @@ def stream_gradients(
     device: torch.device,
     watch: Watch | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's sums of losses and metrics, and its gradients."""
+    """This rank's sums of losses and metrics, and the gradients that it has."""
     config = StreamConfig(case.block_layers, case.chunk_tokens, logit_tokens=7, offload=case.offload)
     stream = Stream(exact.model, Handles(chosen, group, device), exact.objective, config, nullcontext, watch=watch)
     losses = []
@@ -148,7 +152,7 @@ def stream_gradients(
         )
         losses.append(stream.backward(exact.tokens[some][:, index], own, layout, exact.count))
     stream.deliver()
-    grads = {name: exact.model.get_parameter(name).grad for name in exact.grads}
+    grads = {name: parameter.grad for name, parameter in exact.model.named_parameters()}
     exact.model.zero_grad(set_to_none=True)
     return torch.stack(losses).sum(0), {name: grad for name, grad in grads.items() if grad is not None}
 
@@ -178,7 +182,7 @@ def log_prob_error(case: StreamCase, group: Group, chosen: Algorithms = LOCAL) -
 
 @contextmanager
 def count_deliveries(exact: Problem) -> Iterator[dict[str, int]]:
-    """How often each parameter is given a gradient meanwhile."""
+    """How often each parameter that is not frozen is given a gradient meanwhile."""
     counts = dict.fromkeys(exact.grads, 0)
 
     def count(name: str) -> None:
