@@ -76,7 +76,7 @@ class ShardedSequence:
         with self._exact():
             if window is None:
                 output = self.algorithms.attend(call, self.shard)
-                self.prefixes.leave(self._attends - 1)
+                self.prefixes.left(self._attends - 1, output)
                 return output
             return self._keep(*attend_window(call, self.shard, self._carry()))
 

@@ -1,13 +1,13 @@
 """Keys and values of a softmax layer between chunks of time: computed once, and differentiated once.
 
 Carries of recurrent layers have a fixed size and go from chunk to chunk by value. Keys and values grow with the
-context: a chunk adds its rows to those of the chunks before and attends to all of them. Backward, from the last chunk
-to the first, every chunk adds what it finds to float32 sums of the gradients of all of them; when a chunk's turn comes,
-those of its own rows are whole.
+context: a chunk adds its rows to those of the chunks before and attends to those of documents that go on. Backward,
+from the last chunk to the first, every chunk adds what it finds to float32 sums of the gradients of all of them; when a
+chunk's turn comes, those of its own rows are whole.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from longtrain.sequence_parallel.lift import Lift
-from longtrain.sequence_parallel.rows import DeviceRows, HostRows, RowStore
+from longtrain.sequence_parallel.rows import DeviceRows, DeviceSums, HostRows, HostSums, RowStore, SumStore
 from longtrain.sequence_parallel.shard import Rows
 from longtrain_kernels.affine import accumulator_dtype
 
@@ -30,21 +30,30 @@ class Filled(Exception):
 class Prefix:
     """Of one layer, on one rank."""
 
-    def __init__(self, lift: Lift | None = None, below: "Prefix | None" = None, only_fill: bool = False) -> None:
-        """`below` is of the softmax layer before it in the block. `only_fill` lets `extend` raise Filled."""
-        self._lift, self._below, self.only_fill = lift, below, only_fill
-        self._kept: tuple[RowStore, RowStore] = self._store(), self._store()
-        self._sums: tuple[RowStore, RowStore] = self._store(), self._store()
+    def __init__(self, lift: Lift | None = None, attends: Callable[[], None] = lambda: None) -> None:
+        """`attends` is called when keys and values are on their way to attention."""
+        self._attends = attends
+        self._kept: tuple[RowStore, RowStore]
+        self._sums: tuple[SumStore, SumStore]
+        if lift is None:
+            self._kept, self._sums = (DeviceRows(), DeviceRows()), (DeviceSums(), DeviceSums())
+        else:
+            self._kept, self._sums = (HostRows(lift), HostRows(lift)), (HostSums(lift), HostSums(lift))
         self._extended: list[tuple[Tensor, RowStore]] = []
         self._read_again = False
         """Whether the backward pass reads what was extended last; an algorithm may have saved something else."""
-        self.rows = Rows(0, 0, 0, alone=True)
+        self.only_fill = False
+        """Lets `extend` raise Filled."""
+        self.differentiated = False
+        """Whether there is a backward pass of what attended last."""
+        self.rows = Rows((0,), (0,), 0)
         """Of the chunk that was there last."""
 
     def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Keys [B, rows.end, G, K] and values [B, rows.end, G, V] of all chunks so far from those of this one.
+        """Keys [B, n, G, K] and values [B, n, G, V] of the n tokens that this chunk sees, from those of this one.
 
-        Differentiable once for every chunk, the last chunk first. A sequence of one chunk is not kept.
+        They are in ascending order: those that `Shard.team` has as `held`, of whom the rows are. Differentiable once
+        for every chunk, the last chunk first. A sequence of one chunk is not kept.
 
         Raises Filled where no more than keeping them was asked for.
         """
@@ -57,6 +66,7 @@ class Prefix:
             raise Filled
         found: tuple[Tensor, Tensor] = _Extend.apply(k, v, self, rows)
         self._extended = list(zip(found, self._kept, strict=True))
+        self._attends()
         return found
 
     def pack(self, tensor: Tensor) -> Saved | None:
@@ -64,66 +74,53 @@ class Prefix:
         for x, store in self._extended if tensor.numel() else ():
             if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
                 self._read_again = True
-                return partial(self._again, store, self.rows.end)
+                return partial(store.read, self.rows)
         return None
 
-    def leave(self) -> None:
+    def leave(self, differentiated: bool) -> None:
         """The layer has attended."""
-        self._extended = []
+        self._extended, self.differentiated = [], differentiated
 
-    def prefetch_chunk(self, rows: Rows) -> None:
-        """It attends next, in the same chunk as the layer below, whose rows these are."""
-        for store in self._kept:
-            store.prefetch(rows.begin, rows.end)
-
-    def prefetch_next_chunk(self) -> None:
-        """It attends next, in the chunk behind this one; all but the last are of one length."""
-        begin, end, total, _ = self.rows
-        if end < total:
+    def prefetch(self, rows: Rows | None) -> None:
+        """It attends in this chunk soon, if there is such a chunk."""
+        if rows is not None and not self.only_fill:
             for store in self._kept:
-                store.prefetch(end, min(2 * end - begin, total))
+                store.prefetch(rows, own=False)
 
     def prefetch_again(self) -> None:
-        """It is differentiated next; sums follow what is read again."""
-        for store in self._kept if self._read_again else self._sums:
-            store.prefetch(self.rows.end, self.rows.end)
+        """It is differentiated soon."""
+        for store in self._kept if self._read_again else ():
+            store.prefetch(self.rows, own=True)
+
+    def prefetch_sums(self) -> None:
+        """It is being differentiated."""
+        for store in self._sums:
+            store.prefetch(self.rows)
 
     def join(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """`extend` without gradients. Rows that are there already are written again, the same."""
+        """`extend` without gradients."""
         return self._kept[0].join(rows, k), self._kept[1].join(rows, v)
 
     def collect(self, dk: Tensor, dv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Add gradients of all rows so far; returns those of this chunk's rows, which no chunk adds to any more."""
+        """Add gradients of all rows that the chunk sees; returns those of its own, to which no chunk adds any more."""
         own = [
             store.add(grad, rows, accumulator_dtype(grad.dtype)).to(grad.dtype)
             for store, grad in zip(self._sums, (dk, dv), strict=True)
         ]
-        if self._below is not None:
-            self._below.prefetch_again()
-        else:  # the next to attend, in the chunk before
-            for store in self._kept:
-                store.prefetch_before(rows.begin)
         return own[0], own[1]
 
     @property
     def device_bytes(self) -> tuple[int, int]:
         """Of keys and values, and of the sums of their gradients, on the device."""
-        kept, sums = (sum(store.device_bytes for store in pair) for pair in (self._kept, self._sums))
-        return kept, sums
-
-    def _again(self, store: RowStore, end: int) -> Tensor:
-        """What was extended, for the backward pass, which adds to the sums next."""
-        found = store.read(end)
-        for sums in self._sums:
-            sums.prefetch(end, end)
-        return found
-
-    def _store(self) -> RowStore:
-        return DeviceRows() if self._lift is None else HostRows(self._lift)
+        return sum(store.device_bytes for store in self._kept), sum(store.device_bytes for store in self._sums)
 
 
 class Prefixes:
-    """Of the softmax layers of a block, in order; made as they are asked for."""
+    """Of the softmax layers of a block, in order; made as they are asked for.
+
+    What waits in the host's memory is asked for before attention is queued, the longest work of a chunk, so that it
+    comes beside that: keys and values of the layer that attends or is differentiated next, and the sums of this one.
+    """
 
     def __init__(self, lift: Lift | None = None, filled: int = 0) -> None:
         """With a `lift` they wait in the host's memory while they are not used.
@@ -132,6 +129,7 @@ class Prefixes:
         """
         self._lift, self._filled = lift, filled
         self._prefixes: list[Prefix] = []
+        self._with_a_graph = False
 
     def __len__(self) -> int:
         """How many layers have asked."""
@@ -151,21 +149,19 @@ class Prefixes:
     def at(self, layer: int) -> Prefix:
         """Of the next softmax layer, or of one before."""
         if layer == len(self._prefixes):
-            below = self._prefixes[-1] if self._prefixes else None
-            self._prefixes.append(Prefix(self._lift, below, only_fill=layer + 1 == self._filled))
+            self._prefixes.append(Prefix(self._lift, partial(self._attends, layer)))
+            self._prefixes[layer].only_fill = layer + 1 == self._filled
         return self._prefixes[layer]
 
-    def leave(self, layer: int) -> None:
-        """A layer has attended. What is needed next comes back beside what the device computes until then."""
-        left = self._prefixes[layer]
-        left.leave()
-        above = self._prefixes[layer + 1] if layer + 1 < len(self._prefixes) else None
-        if above is not None and not above.only_fill:
-            above.prefetch_chunk(left.rows)
-        elif torch.is_grad_enabled():  # the chunk's backward pass follows
-            left.prefetch_again()
-        else:
-            self._prefixes[0].prefetch_next_chunk()
+    def left(self, layer: int, output: Tensor) -> None:
+        """A layer has attended, with this output."""
+        self._prefixes[layer].leave(output.requires_grad)
+        if self._lift is None:
+            return
+        if output.requires_grad:
+            output.register_hook(lambda grad: self._is_differentiated(layer))
+        elif self._with_a_graph and layer + 1 == len(self._prefixes):
+            self._follow(layer)
 
     def all_filled(self) -> None:
         """From now on layers attend, in the last chunk first."""
@@ -173,14 +169,37 @@ class Prefixes:
         for prefix in self._prefixes:
             prefix.only_fill = False
         if self._prefixes:
-            self._prefixes[0].prefetch_next_chunk()
+            self._prefixes[0].prefetch(self._prefixes[0].rows.last)
 
-    def saving(self) -> AbstractContextManager[object]:
-        """Around a forward pass with a graph: keys and values from the host are read again, not saved."""
-        return saved_tensors_hooks(self._pack, _unpack) if self._lift is not None else nullcontext()
+    @contextmanager
+    def with_a_graph(self) -> Iterator[None]:
+        """Around a forward pass that is differentiated; the chunk before comes next. Keys and values from the host are
+        read again, not saved, but for those of the last layer, which is differentiated first."""
+        self._with_a_graph = True
+        with saved_tensors_hooks(self._pack, _unpack) if self._lift is not None else nullcontext():
+            yield
+        self._with_a_graph = False
+
+    def _attends(self, layer: int) -> None:
+        rows = self._prefixes[layer].rows
+        if layer + 1 < len(self._prefixes) and not self._prefixes[layer + 1].only_fill:
+            self._prefixes[layer + 1].prefetch(rows)
+        elif not self._with_a_graph:
+            self._prefixes[0].prefetch(rows.beside(1))
+
+    def _is_differentiated(self, layer: int) -> None:
+        self._prefixes[layer].prefetch_sums()
+        self._follow(layer)
+
+    def _follow(self, layer: int) -> None:
+        """Fetch what is needed after the backward pass of a layer."""
+        if layer and self._prefixes[layer - 1].differentiated:
+            self._prefixes[layer - 1].prefetch_again()
+        else:
+            self._prefixes[0].prefetch(self._prefixes[layer].rows.beside(-1))
 
     def _pack(self, tensor: Tensor) -> Saved:
-        found = (prefix.pack(tensor) for prefix in self._prefixes)
+        found = (prefix.pack(tensor) for prefix in self._prefixes[:-1])
         # The tensor itself would hold the node that saves it: a cycle, where that is not differentiated.
         return next((saved for saved in found if saved is not None), tensor.detach())
 

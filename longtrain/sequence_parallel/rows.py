@@ -1,39 +1,48 @@
-"""Rows [B, total, ...] of a sequence that are written chunk by chunk: on the device, or in the host's memory."""
+"""Rows [B, total, ...] of a sequence that chunks of time write and read: on the device, or in the host's memory."""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from longtrain.sequence_parallel.lift import Coming, Lift
+from longtrain.sequence_parallel.lift import Away, Coming, Lift
 from longtrain.sequence_parallel.shard import Rows
 
 
 class RowStore(Protocol):
-    """All rows have one shape and type."""
+    """Each chunk writes its rows once, all of one shape and type."""
 
     def write(self, rows: Rows, x: Tensor) -> None:
         """Keep the rows [B, begin to end, ...] of a chunk."""
         ...
 
     def join(self, rows: Rows, x: Tensor) -> Tensor:
-        """Keep them; returns [B, end, ...], those of the chunks before and these."""
+        """Keep them if they are not there yet; returns [B, first to end, ...], all that the chunk sees."""
         ...
 
-    def read(self, end: int) -> Tensor:
-        """[B, end, ...]: not to be changed."""
+    def read(self, rows: Rows) -> Tensor:
+        """[B, first to end, ...] once they are all there: not to be changed."""
         ...
 
-    def prefetch(self, count: int, room: int) -> None:
-        """`join` of the rows [count, room), or `read` of `count` = `room`, is likely to be next."""
+    def prefetch(self, rows: Rows, own: bool) -> None:
+        """`join` is likely to be next, or `read`, which needs the chunk's own rows too."""
         ...
 
-    def prefetch_before(self, end: int) -> None:
-        """`join` of the rows of the chunk that ends at `end` is likely to be next; they were written before."""
+    @property
+    def device_bytes(self) -> int:
+        """What is kept on the device."""
         ...
+
+
+class SumStore(Protocol):
+    """Sums of what chunks add to the rows that they see, the last chunk first."""
 
     def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """Add [B, end, ...] to sums in this type, zero at first; returns those of [begin, end), not kept any more."""
+        """Add [B, first to end, ...] to sums in this type; returns those of [begin, end), which are not kept."""
+        ...
+
+    def prefetch(self, rows: Rows) -> None:
+        """`add` is next."""
         ...
 
     @property
@@ -55,27 +64,17 @@ class DeviceRows:
         self._all[:, rows.begin : rows.end] = x
 
     def join(self, rows: Rows, x: Tensor) -> Tensor:
-        """See `RowStore`."""
+        """See `RowStore`. Rows that are there are written again, the same."""
         self.write(rows, x)
-        return self.read(rows.end)
+        return self.read(rows)
 
-    def read(self, end: int) -> Tensor:
+    def read(self, rows: Rows) -> Tensor:
         """See `RowStore`."""
         assert self._all is not None
-        return self._all[:, :end]
+        return self._all[:, rows.first : rows.end]
 
-    def prefetch(self, count: int, room: int) -> None:
+    def prefetch(self, rows: Rows, own: bool) -> None:
         """They are here."""
-
-    def prefetch_before(self, end: int) -> None:
-        """They are here."""
-
-    def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """See `RowStore`."""
-        if self._all is None:
-            self._all = x.new_zeros(x.shape[0], rows.total, *x.shape[2:], dtype=dtype)
-        self._all[:, : rows.end] += x
-        return self._all[:, rows.begin : rows.end]
 
     @property
     def device_bytes(self) -> int:
@@ -83,68 +82,111 @@ class DeviceRows:
         return 0 if self._all is None else self._all.nbytes
 
 
-class HostRows:
-    """In pinned memory of the host; what is read or joined is a copy on the device.
+class DeviceSums:
+    """In one tensor."""
 
-    What is written is kept in a tensor for each chunk, sums in one.
-    """
+    def __init__(self) -> None:
+        self._all: Tensor | None = None
+
+    def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """See `SumStore`."""
+        if self._all is None:
+            self._all = x.new_zeros(x.shape[0], rows.total, *x.shape[2:], dtype=dtype)
+        self._all[:, rows.first : rows.end] += x
+        return self._all[:, rows.begin : rows.end]
+
+    def prefetch(self, rows: Rows) -> None:
+        """They are here."""
+
+    @property
+    def device_bytes(self) -> int:
+        """See `SumStore`."""
+        return 0 if self._all is None else self._all.nbytes
+
+
+class HostRows:
+    """In pinned memory of the host, a tensor for each chunk; what is read or joined is a copy on the device."""
 
     def __init__(self, lift: Lift) -> None:
         self._lift = lift
-        self._pieces: dict[int, Tensor] = {}
-        """By the first row; none is empty."""
-        self._soon: tuple[tuple[int, int], Coming] | None = None
+        self._pieces: dict[int, tuple[Away, Rows]] = {}
+        """By chunk; none is empty."""
+        self._soon: dict[tuple[int, bool], Coming] = {}
+        """By the chunk, and whether its own rows are in it: one that is read again and one that is joined, at most."""
 
     def write(self, rows: Rows, x: Tensor) -> None:
         """See `RowStore`."""
-        if x.shape[1]:
-            self._pieces[rows.begin] = self._lift.down(x.detach(), self._pieces.get(rows.begin))
+        if x.shape[1] and rows.chunk not in self._pieces:
+            self._pieces[rows.chunk] = self._lift.down(x.detach()), rows
 
     def join(self, rows: Rows, x: Tensor) -> Tensor:
         """See `RowStore`."""
         self.write(rows, x)
-        if not rows.begin:
+        if rows.begin == rows.first:
             return x.clone()
-        whole = self._get(rows.begin, rows.end)
-        whole[:, rows.begin : rows.end] = x
+        whole = self._get(rows, own=False)
+        whole[:, rows.begin - rows.first :] = x
         return whole
 
-    def read(self, end: int) -> Tensor:
+    def read(self, rows: Rows) -> Tensor:
         """See `RowStore`."""
-        return self._get(end, end)
+        return self._get(rows, own=True)
 
-    def prefetch(self, count: int, room: int) -> None:
+    def prefetch(self, rows: Rows, own: bool) -> None:
         """See `RowStore`."""
-        if count and self._pieces and self._soon is None:
-            self._soon = (count, room), self._fetch(count, room)
-
-    def prefetch_before(self, end: int) -> None:
-        """See `RowStore`."""
-        self.prefetch(max((begin for begin in self._pieces if begin < end), default=0), end)
-
-    def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-        """See `RowStore`."""
-        total = self._get(rows.end, rows.end) if self._pieces else torch.zeros_like(x, dtype=dtype)
-        total += x
-        there = self._pieces.pop(0, None)
-        if rows.begin:
-            there = None if there is None else there[:, : rows.begin]
-            self._pieces[0] = self._lift.down(total[:, : rows.begin], there)
-        return total[:, rows.begin :]
+        if (rows.chunk, own) not in self._soon and self._wanted(rows, own):
+            self._soon[rows.chunk, own] = self._fetch(rows, own)
 
     @property
     def device_bytes(self) -> int:
         """See `RowStore`: what is on its way back."""
-        return 0 if self._soon is None else self._soon[1].nbytes
+        return sum(coming.nbytes for coming in self._soon.values())
 
-    def _get(self, count: int, room: int) -> Tensor:
-        soon, self._soon = self._soon, None
-        if soon is not None:
-            found = soon[1].wait()
-            if soon[0] == (count, room):
-                return found
-            del found, soon  # their memory can hold what is wanted
-        return self._fetch(count, room).wait()
+    def _get(self, rows: Rows, own: bool) -> Tensor:
+        coming = self._soon.pop((rows.chunk, own), None)
+        if coming is None:
+            while self._soon:  # nobody wants it; its memory can hold what is wanted
+                self._soon.popitem()[1].wait()
+            coming = self._fetch(rows, own)
+        return coming.wait()
 
-    def _fetch(self, count: int, room: int) -> Coming:
-        return self._lift.up_rows([self._pieces[begin] for begin in sorted(self._pieces) if begin < count], room)
+    def _fetch(self, rows: Rows, own: bool) -> Coming:
+        return self._lift.up_rows(self._wanted(rows, own), 0, rows.end - rows.first)
+
+    def _wanted(self, rows: Rows, own: bool) -> list[tuple[Away, slice]]:
+        """The rows from `first` of the pieces up to the chunk."""
+        found = []
+        for chunk in range(rows.first_chunk, rows.chunk + own):
+            if chunk in self._pieces:
+                away, of_piece = self._pieces[chunk]
+                found.append((away, slice(max(rows.first - of_piece.begin, 0), None)))
+        return found
+
+
+class HostSums:
+    """In pinned memory of the host: the rows to which a chunk has added and to which others will."""
+
+    def __init__(self, lift: Lift) -> None:
+        self._lift = lift
+        self._away: Away | None = None
+        self._soon: Coming | None = None
+
+    def add(self, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """See `SumStore`."""
+        self.prefetch(rows)
+        total = torch.zeros_like(x, dtype=dtype) if self._soon is None else self._soon.wait()
+        total += x
+        kept = total[:, : rows.begin - rows.first]
+        self._away, self._soon = self._lift.down(kept, self._away) if kept.numel() else None, None
+        return total[:, rows.begin - rows.first :]
+
+    def prefetch(self, rows: Rows) -> None:
+        """See `SumStore`. This chunk may see more than the one behind it: zeros before what that one has added to."""
+        if self._soon is None and self._away is not None:
+            room = rows.end - rows.first
+            self._soon = self._lift.up_rows([(self._away, slice(None))], room - self._away.tensor.shape[1], room)
+
+    @property
+    def device_bytes(self) -> int:
+        """See `SumStore`: what is on its way back."""
+        return 0 if self._soon is None else self._soon.nbytes

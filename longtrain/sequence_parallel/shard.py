@@ -1,10 +1,10 @@
 """What an algorithm knows: which tokens this rank holds, who holds the others, and the group to reach them."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,14 +14,55 @@ from longtrain.core.layout import SequenceLayout, Span, overlap, span_index
 from longtrain_kernels.block_attention import Tokens
 
 
-class Rows(NamedTuple):
-    """Of the tokens that are held of all chunks, in ascending order, those of this one: [begin, end) of `total`."""
+@dataclass(frozen=True)
+class Rows:
+    """Of the tokens that are held of all chunks, in ascending order, those of one chunk, and those that it sees."""
 
-    begin: int
-    end: int
-    total: int
-    alone: bool
-    """Whether there is no other chunk: the same on all ranks, unlike the numbers."""
+    ends: tuple[int, ...]
+    """How many are held up to and including each chunk."""
+    firsts: tuple[int, ...]
+    """The first that each chunk sees: of a document that has not ended before it, in any sequence of the batch."""
+    chunk: int
+
+    @property
+    def first(self) -> int:
+        """The first row that the chunk sees."""
+        return self.firsts[self.chunk]
+
+    @property
+    def first_chunk(self) -> int:
+        """The chunk that has it."""
+        return bisect_right(self.ends, self.first)
+
+    @property
+    def begin(self) -> int:
+        """The first row of the chunk."""
+        return self.ends[self.chunk - 1] if self.chunk else 0
+
+    @property
+    def end(self) -> int:
+        """Behind its last row."""
+        return self.ends[self.chunk]
+
+    @property
+    def total(self) -> int:
+        """Of all chunks."""
+        return self.ends[-1]
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other chunk: the same on all ranks, unlike the numbers."""
+        return len(self.ends) == 1
+
+    @property
+    def last(self) -> "Rows":
+        """Of the last chunk."""
+        return replace(self, chunk=len(self.ends) - 1)
+
+    def beside(self, step: int) -> "Rows | None":
+        """Of the chunk so many behind this one, if there is one."""
+        chunk = self.chunk + step
+        return replace(self, chunk=chunk) if 0 <= chunk < len(self.ends) else None
 
 
 @dataclass(frozen=True)
@@ -53,8 +94,7 @@ class Shard:
         """Of what some ranks hold together."""
         chunks = range(self.layout.num_chunks)
         counts = [sum(e - b for rank in ranks for b, e in self.layout.spans(rank, chunk)) for chunk in chunks]
-        begin = sum(counts[: self.chunk])
-        return Rows(begin, begin + counts[self.chunk], sum(counts), alone=len(chunks) == 1)
+        return Rows(tuple(accumulate(counts)), (0,) * len(chunks), self.chunk)
 
     @cached_property
     def own_rows(self) -> Rows:

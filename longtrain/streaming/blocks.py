@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from longtrain.core.contracts import Sequence as SequenceHandle
@@ -30,9 +31,10 @@ class LayerBlock:
     layers: range
 
     def __call__(self, x: Tensor, sequence: SequenceHandle) -> Tensor:
-        """[B, L] tokens or [B, L, D] hidden states -> [B, L, D]."""
+        """[B, L] tokens or [B, L, D] hidden states -> [B, L, D]. No graph of what nobody wants gradients of."""
         for module in self._modules():
-            x = module(x) if isinstance(module, nn.Embedding) else module(x, sequence)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (x.requires_grad or _trains(module))):
+                x = module(x) if isinstance(module, nn.Embedding) else module(x, sequence)
         return x
 
     @property
@@ -49,6 +51,10 @@ class LayerBlock:
     def _modules(self) -> list[nn.Module]:
         layers: list[nn.Module] = [*self.model.layers[self.layers.start : self.layers.stop]]
         return [self.model.embedding, *layers] if self.layers.start == 0 else layers
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def trainable(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

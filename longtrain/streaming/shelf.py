@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from longtrain.sequence_parallel.lift import Coming, Lift
+from longtrain.sequence_parallel.lift import Away, Coming, Lift
 
 
 class Shelf(Protocol):
@@ -61,8 +61,8 @@ class HostShelf:
 
     def __init__(self, lift: Lift) -> None:
         self._lift = lift
-        self._away: dict[int, tuple[Tensor, ...]] = {}
-        self._room: dict[int, tuple[Tensor, ...]] = {}
+        self._away: dict[int, tuple[Away, ...]] = {}
+        self._room: dict[int, tuple[Away, ...]] = {}
         """Of what was taken last."""
         self._soon: dict[int, tuple[Coming, ...]] = {}
 

@@ -138,7 +138,7 @@ class Stream:
         for block in self._blocks:
             outputs = self._shelf()
             receive = score if block is self._blocks[-1] else _into(outputs)
-            self._forward(block, self._nothing_kept(inputs), shards, receive)
+            self._forward(block, self._nothing_kept(inputs), shards, receive, keep_carries=False)
             inputs = outputs
         if self._lift is not None:
             self._lift.settle()
@@ -153,15 +153,17 @@ class Stream:
         inputs = _tokens_on_a_shelf(tokens)
         for number, block in enumerate(self._blocks):
             of_block, outputs = self._nothing_kept(inputs), self._shelf()
-            if block is not self._blocks[-1]:
-                self._forward(block, of_block, shards, _into(outputs))
+            last = block is self._blocks[-1]
+            differentiated = bool(block.trainable) or self._trains_below(number) or last
+            forward = partial(self._forward, block, of_block, keep_carries=differentiated)
+            if not last:
+                forward(shards, _into(outputs))
                 # Keys and values make room for those of the blocks above.
                 of_block.prefixes = Prefixes(self._lift, filled=len(of_block.prefixes))
             elif self._objective.linear:  # only what crosses chunks is wanted
-                self._forward(block, of_block, shards[:-1], lambda chunk, output: None)
+                forward(shards[:-1], lambda chunk, output: None)
             else:
-                self._forward(block, of_block, shards, lambda chunk, x: sums.append(self._head.sums(x, asked[chunk])))
-            differentiated = block.trainable or self._trains_below(number) or block is self._blocks[-1]
+                forward(shards, lambda chunk, output: sums.append(self._head.sums(output, asked[chunk])))
             kept.append(of_block if differentiated else self._nothing_kept(DeviceShelf()))
             inputs = outputs
         return kept, sums
@@ -187,16 +189,17 @@ class Stream:
 
     @torch.no_grad()
     def _forward(
-        self, block: LayerBlock, kept: Kept, shards: list[Shard], receive: Callable[[int, Tensor], None]
-    ) -> None:
-        """Keep what crosses chunks; `receive` gets the number of every chunk and the block's output for it."""
+        self, block: LayerBlock, kept: Kept, shards: list[Shard], receive: Callable[[int, Tensor], None],
+        keep_carries: bool,
+    ) -> None:  # fmt: skip
+        """Keep keys and values, and carries for a backward pass; `receive` gets every chunk's number and output."""
         carries: list[Tensor] | None = None
         for shard in shards:
             sequence = self._handles.at(shard, carries, kept.prefixes)
             with self._autocast():
                 output = block(kept.inputs.look(shard.chunk)[0], sequence)
             carries = sequence.carries_out
-            if shard.chunk + 1 < shard.layout.num_chunks:
+            if keep_carries and shard.chunk + 1 < shard.layout.num_chunks:
                 kept.carries.put(shard.chunk + 1, carries)
             receive(shard.chunk, output)
             self._leave(shard)
@@ -218,7 +221,7 @@ class Stream:
         after_chunk: Callable[[], None],
     ) -> None:  # fmt: skip
         """Add the block's gradients to the sums, and put those of its inputs in their place if they are wanted."""
-        cotangents: list[Tensor] = []  # of what the chunk carries out; nothing reads that of the last chunk
+        cotangents: list[Tensor] = []  # of what the chunk carries out; none for the last chunk: nothing reads that
         for shard in reversed(shards):
             grads, cotangents = self._backward_chunk(block, kept, shard, grad_of, into_inputs, cotangents)
             if into_inputs:
@@ -238,9 +241,10 @@ class Stream:
         inputs = [x.detach().requires_grad_()] if into_inputs else [x]
         carries = [carry.detach().requires_grad_() for carry in kept.carries.take(shard.chunk)] if shard.chunk else None
         sequence = self._handles.at(shard, carries, kept.prefixes)
-        with torch.enable_grad(), self._autocast(), kept.prefixes.saving():
+        with torch.enable_grad(), self._autocast(), kept.prefixes.with_a_graph():
             output = block(inputs[0], sequence)
-        ends = [(output, grad_of(output, shard.chunk)), *zip(sequence.carries_out, cotangents, strict=False)]
+        ends = [(output, grad_of(output, shard.chunk))]
+        ends += zip(sequence.carries_out, cotangents, strict=True) if cotangents else []
         leaves = [*(inputs if into_inputs else []), *(carries or [])]
         found = _gradients(ends, [*leaves, *block.trainable])
         grads, found[: len(leaves)] = found[: len(leaves)], []

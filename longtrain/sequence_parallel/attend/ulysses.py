@@ -9,15 +9,14 @@ from torch import Tensor
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import BACKWARD, AttendShape, Machine
 from longtrain.sequence_parallel.heads import HeadShares
-from longtrain.sequence_parallel.shard import Rows, Shard
+from longtrain.sequence_parallel.shard import Shard
 
 
 def attend(call: AttendCall, shard: Shard) -> Tensor:
     """Outputs [B, L, H, V]; a rank keeps keys and values of its heads."""
     shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
     begin, end = shard.layout.chunk(shard.chunk)
-    rows = Rows(begin, end, shard.layout.length, alone=shard.layout.num_chunks == 1)
-    k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), rows)
+    k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), shard.rows(range(shard.group.size)))
     q = shares.values.to_heads(call.q)
     if q.shape[2]:
         output = call.attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end))

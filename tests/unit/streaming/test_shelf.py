@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtrain.comm.group import Group
 from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.attend import all_gather
 from longtrain.sequence_parallel.call import AttendCall
-from longtrain.sequence_parallel.lift import Coming, Lift
-from longtrain.sequence_parallel.rows import HostRows
+from longtrain.sequence_parallel.lift import Away, Coming, Lift
+from longtrain.sequence_parallel.rows import DeviceRows, DeviceSums, HostRows, HostSums
 from longtrain.sequence_parallel.shard import Rows, Shard
 from longtrain.streaming.shelf import DeviceShelf, HostShelf
 from tests.harness.mixers import MIXERS
@@ -40,9 +40,9 @@ def test_gradients_take_the_place_of_inputs_at_the_host(monkeypatch: pytest.Monk
     places: list[int] = []
     down = Lift.down
 
-    def watch(lift: Lift, x: Tensor, there: Tensor | None = None) -> Tensor:
-        found = down(lift, x, there)
-        places.append(found.data_ptr())
+    def watch(lift: Lift, x: Tensor, place: Away | None = None) -> Away:
+        found = down(lift, x, place)
+        places.append(found.tensor.data_ptr())
         return found
 
     monkeypatch.setattr(Lift, "down", watch)
@@ -56,34 +56,50 @@ def test_gradients_take_the_place_of_inputs_at_the_host(monkeypatch: pytest.Monk
     assert [shelf.take(chunk)[0].tolist() for chunk in (2, 1, 0)] == [[-2, -2], [-1, -1], [0, 0]]
 
 
+@pytest.mark.parametrize("frozen", [(), ("embedding", "blocks.0"), ("embedding", "blocks.0", "blocks.1", "blocks.2")])
 @pytest.mark.parametrize("attend", [local.attend, all_gather.attend])
 @pytest.mark.parametrize("block_layers", [1, 3, "recurrent", "all"])
 def test_keys_and_values_are_on_their_way_before_they_are_wanted_and_no_others(
     block_layers: int | Literal["recurrent", "all"],
     attend: Callable[[AttendCall, Shard], Tensor],
+    frozen: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The last chunk is shorter than the others. `all_gather` saves what it has gathered, and reads nothing again."""
     hits: list[bool] = []
     fetched: list[int] = []
-    get, fetch = HostRows._get, HostRows._fetch
+    sums: list[bool] = []
+    get, fetch, add = HostRows._get, HostRows._fetch, HostSums.add
 
-    def watch(store: HostRows, count: int, room: int) -> Tensor:
-        hits.append(store._soon is not None and store._soon[0] == (count, room))
-        return get(store, count, room)
+    def watch(store: HostRows, rows: Rows, own: bool) -> Tensor:
+        hits.append((rows.chunk, own) in store._soon)
+        return get(store, rows, own)
 
-    def watch_fetch(store: HostRows, count: int, room: int) -> Coming:
-        fetched.append(count)
-        return fetch(store, count, room)
+    def watch_fetch(store: HostRows, rows: Rows, own: bool) -> Coming:
+        fetched.append(rows.chunk)
+        return fetch(store, rows, own)
+
+    def watch_add(store: HostSums, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        sums.append((store._soon is not None) == (store._away is not None))
+        return add(store, x, rows, dtype)
 
     monkeypatch.setattr(HostRows, "_get", watch)
     monkeypatch.setattr(HostRows, "_fetch", watch_fetch)
-    case = StreamCase(("softmax", "simple_gla", "softmax", "softmax"), block_layers, 5, 28, offload="host")
+    monkeypatch.setattr(HostSums, "add", watch_add)
+    case = StreamCase(
+        ("softmax", "simple_gla", "softmax", "softmax"), block_layers, 5, 28, frozen=frozen, offload="host"
+    )
     algorithms = replace(LOCAL, attend=attend)
     stream_gradients(case, problem_of(case), Group(0, 1), algorithms, torch.device("cpu"))
     assert hits
     assert all(hits)
     assert len(fetched) == len(hits)
+    assert sums
+    assert all(sums)
+
+
+def rows_of(chunk: int, *ends: int, firsts: tuple[int, ...] | None = None) -> Rows:
+    return Rows(ends, firsts or (0,) * len(ends), chunk)
 
 
 def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,8 +114,45 @@ def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Coming, "wait", watch)
     store = HostRows(Lift(torch.device("cpu")))
     x = torch.arange(6.0).view(1, 6, 1)
-    store.write(Rows(0, 3, 6, alone=False), x[:, :3])
-    store.prefetch(3, 6)
-    store.write(Rows(3, 4, 6, alone=False), x[:, 3:4])
-    assert torch.equal(store.read(4), x[:, :4])
+    store.write(rows_of(0, 3, 4, 6), x[:, :3])
+    store.prefetch(rows_of(2, 3, 4, 6), own=False)
+    store.write(rows_of(1, 3, 4, 6), x[:, 3:4])
+    assert torch.equal(store.read(rows_of(1, 3, 4, 6)), x[:, :4])
     assert waited == [(1, 6, 1), (1, 4, 1)]
+
+
+@pytest.mark.parametrize("stores", [(DeviceRows, DeviceSums), (HostRows, HostSums)], ids=["device", "host"])
+def test_chunks_read_and_add_to_what_they_see_alone(stores: tuple[Any, Any]) -> None:
+    """Of 2 sequences: chunk 2 sees from the middle of chunk 1, chunk 3 nothing but itself."""
+    args = [Lift(torch.device("cpu"))] if stores[0] is HostRows else []
+    store, sums = (make(*args) for make in stores)
+    x = torch.arange(2 * 9.0).view(2, 9, 1)
+    chunks = [rows_of(chunk, 3, 6, 8, 9, firsts=(0, 1, 4, 8)) for chunk in range(4)]
+    for rows in chunks:
+        store.prefetch(rows, own=False)
+        assert torch.equal(store.join(rows, x[:, rows.begin : rows.end]), x[:, rows.first : rows.end])
+    for rows in chunks:
+        assert torch.equal(store.read(rows), x[:, rows.first : rows.end])
+    found = []
+    for rows in reversed(chunks):
+        sums.prefetch(rows)
+        found.append(sums.add(x[:, rows.first : rows.end], rows, torch.float64).clone())
+    times = torch.tensor([sum(rows.first <= at < rows.end for rows in chunks) for at in range(9)])
+    assert torch.equal(torch.cat(found[::-1], dim=1), (x * times[:, None]).double())
+
+
+def test_frozen_layers_that_nobody_differentiates_have_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is before the first that is trained, the fourth is not."""
+    pattern = ("simple_gla", "softmax", "gla", "softmax")
+    case = StreamCase(pattern, "all", frozen=("embedding", "blocks.0", "blocks.1", "blocks.3"), offload="host")
+    exact = problem_of(case)
+    graphs: list[list[bool]] = [[] for _ in pattern]
+
+    def watch(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, output: graphs[layer].append(output.requires_grad)
+
+    hooks = [layer.register_forward_hook(watch(number)) for number, layer in enumerate(exact.model.layers)]
+    stream_gradients(case, exact, Group(0, 1), LOCAL, torch.device("cpu"))
+    for hook in hooks:
+        hook.remove()
+    assert [any(found) for found in graphs] == [False, False, True, True]
