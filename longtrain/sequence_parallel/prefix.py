@@ -6,6 +6,7 @@ from the last chunk to the first, every chunk adds what it finds to float32 sums
 chunk's turn comes, those of its own rows are whole.
 """
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -149,7 +150,8 @@ class Prefixes:
     def at(self, layer: int) -> Prefix:
         """Of the next softmax layer, or of one before."""
         if layer == len(self._prefixes):
-            self._prefixes.append(Prefix(self._lift, partial(self._attends, layer)))
+            these = weakref.proxy(self)  # which hold it: a cycle would keep keys and values until it is collected
+            self._prefixes.append(Prefix(self._lift, lambda: these._attends(layer)))
             self._prefixes[layer].only_fill = layer + 1 == self._filled
         return self._prefixes[layer]
 

@@ -1,6 +1,8 @@
 """Streaming on a GPU: exact in float64, as exact as plain backpropagation in bfloat16, and flat in memory."""
 
+import warnings
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Group
+from longtrain.core.contracts import Sequence
 from longtrain.core.layout import SequenceLayout
 from longtrain.core.registry import Registry
 from longtrain.core.targets import Targets
@@ -15,8 +18,10 @@ from longtrain.model.build import build_model
 from longtrain.model.config import ModelConfig
 from longtrain.model.model import Model
 from longtrain.objectives import next_token
+from longtrain.sequence_parallel import lift as lift_module
 from longtrain.sequence_parallel.handle import Handles
 from longtrain.sequence_parallel.lift import Lift
+from longtrain.streaming.blocks import LayerBlock
 from longtrain.streaming.config import StreamConfig
 from longtrain.streaming.stream import Stream
 from longtrain_kernels.backend import Backend
@@ -35,6 +40,50 @@ Offload = Literal["none", "host"]
 def test_gradients_in_float64(block_layers: int | Literal["recurrent", "all"], offload: Offload) -> None:
     case = StreamCase(block_layers=block_layers, chunk_tokens=5, tied=True, offload=offload)
     assert stream_error(case, Group(0, 1), device="cuda") < TOLERANCE
+
+
+@pytest.mark.parametrize("late", ["copies", "layers"])
+@pytest.mark.parametrize("block_layers", [1, "recurrent", "all"])
+def test_copies_are_waited_for(
+    block_layers: int | Literal["recurrent", "all"], late: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that take far longer than layers, and layers that take far longer than copies."""
+    cycles = 1_000_000  # half a millisecond
+    copy, forward = lift_module._copy, LayerBlock.__call__
+
+    def slow_copy(to: Tensor, source: Tensor) -> None:
+        torch.cuda._sleep(cycles)
+        copy(to, source)
+
+    def slow_forward(block: LayerBlock, x: Tensor, sequence: Sequence) -> Tensor:
+        torch.cuda._sleep(cycles)
+        output = forward(block, x, sequence)
+        torch.cuda._sleep(cycles)
+        return output
+
+    if late == "copies":
+        monkeypatch.setattr(lift_module, "_copy", slow_copy)
+    else:
+        monkeypatch.setattr(LayerBlock, "__call__", slow_forward)
+    monkeypatch.setattr(lift_module, "LEAVING_BYTES", 0)
+    for packed in (False, True):
+        case = StreamCase(block_layers=block_layers, chunk_tokens=5, packed=packed, offload="host")
+        assert stream_error(case, Group(0, 1), device="cuda") < TOLERANCE
+
+
+def test_the_host_waits_for_the_device_before_the_first_chunk_alone() -> None:
+    """Where it looks which tokens have a label."""
+    model = wide_model(("softmax", "gated_delta", "gla", "sliding_window", "softmax"))
+    tokens = torch.randint(VOCABULARY, (1, 3001), device="cuda")
+    config = StreamConfig("recurrent", 1000, 700, "host")
+    streamed(model, tokens, config)  # compiles kernels
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        streamed(model, tokens, config)
+        torch.cuda.set_sync_debug_mode("default")
+    places = {Path(found.filename).name for found in caught if "synchronizing" in str(found.message)}
+    assert places == {"head.py", Path(__file__).name}
 
 
 def streamed(model: Model, tokens: Tensor, config: StreamConfig) -> tuple[float, list[Tensor], int]:
