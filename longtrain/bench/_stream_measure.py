@@ -18,6 +18,7 @@ from longtrain.bench._stream_plan import Plan, share
 from longtrain.bench._stream_step import Workload, device_memory, free, is_out_of_memory, make_workload, measure
 from longtrain.bench._world import World
 from longtrain.core.errors import Refused
+from longtrain.core.layout import SequenceLayout, mean_context
 
 Row = dict[str, Any]
 
@@ -37,6 +38,7 @@ def events(plan: Plan, world: World) -> Generator[tuple[str, Any], None, None]:
     """
     sizes = plan.sizes
     alone = make_workload(plan.job, sizes.vocabulary, sizes.precision, plan.seed, world.device)
+    alone = replace(alone, document_tokens=plan.document_tokens)
     cut = replace(
         plan.job.config.sequence_parallel, size=plan.ranks, scan=plan.scan, attend=plan.attend, layout=plan.layout
     )
@@ -110,7 +112,8 @@ def _row(plan: Plan, world: World, workload: Workload, mode: Mode, tokens: int, 
     free()  # here, where no traceback keeps the step's tensors any more
     if row["status"] != "ok":
         return row
-    flops = workload.model.flops_per_token(tokens / 2) * tokens
+    context = mean_context([SequenceLayout(tokens, 1, (workload.starts(tokens),))])
+    flops = workload.model.flops_per_token(context) * tokens
     held = workload.parameter_bytes + workload.gradient_bytes
     return (
         row

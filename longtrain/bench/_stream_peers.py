@@ -93,6 +93,8 @@ def missing(plan: Plan) -> str:
         return "of one rank alone"
     if set(parse_pattern(plan.job.config.model.pattern)) != {"softmax"}:
         return "of softmax layers alone"
+    if plan.document_tokens is not None:
+        return "of one document alone"
     return ""
 
 

@@ -39,6 +39,7 @@ class Plan:
     attend: str
     peers: bool
     layout: LayoutKind
+    document_tokens: int | None
     repeats: int
     seconds: float
     seed: int

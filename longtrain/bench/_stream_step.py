@@ -77,6 +77,8 @@ class Workload:
     precision: Precision
     seed: int
     layout: LayoutKind = "contiguous"
+    document_tokens: int | None = None
+    """Of each document of a sequence; None: it is one."""
 
     @property
     def device(self) -> torch.device:
@@ -105,7 +107,7 @@ class Workload:
         collective call.
         """
         group = self.handles.group
-        layout = SequenceLayout(length, group.size, ((0,),), config.chunk_tokens, self.layout)
+        layout = SequenceLayout(length, group.size, (self.starts(length),), config.chunk_tokens, self.layout)
         tokens, labels = self._part(layout)
         targets = Targets(labels)
         count = group.all_reduce(OBJECTIVE.count(targets))
@@ -114,6 +116,10 @@ class Workload:
         stream.deliver()
         sum_over_ranks([p.grad for p in self.model.parameters() if p.grad is not None], group)
         return Step((group.all_reduce(loss) / count).item(), stream.host_wait_seconds())
+
+    def starts(self, length: int) -> tuple[int, ...]:
+        """The tokens at which a document begins."""
+        return tuple(range(0, length, self.document_tokens or length))
 
     def clear(self) -> None:
         """Forget the gradients."""

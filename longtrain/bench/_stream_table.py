@@ -66,7 +66,12 @@ class Table:
             f"sums of their gradients; {sizes.precision}"
         )
         chunk, logits = format_token_count(sizes.chunk_tokens), format_token_count(plan.logit_tokens)
-        self._console.print(f"one sequence, forward and backward; chunks of {chunk}, logits of {logits} tokens at once")
+        documents = (
+            "" if plan.document_tokens is None else f" of documents of {format_token_count(plan.document_tokens)}"
+        )
+        self._console.print(
+            f"one sequence{documents}, forward and backward; chunks of {chunk}, logits of {logits} tokens at once"
+        )
         if absent:
             self._console.print(f"StreamBP is not measured: {absent}")
         if plan.ranks > 1:

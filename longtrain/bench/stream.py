@@ -79,6 +79,8 @@ class Config(Options):
     """One of `conf/model/`. None: `llama_1b` on a GPU, `hybrid_tiny` on a CPU."""
     tokens: Annotated[tuple[TokenCount, ...] | None, Field(min_length=1), OneOrMore] = None
     """Lengths of the sequence, over all its ranks. None: powers of two, from 8k to 128k for each GPU."""
+    document_tokens: TokenCount | None = None
+    """Of each document, where several are packed in the sequence. None: it is one document."""
     modes: Annotated[tuple[str, ...], PlainValidator(_modes)] = tuple(MODES)
     """In this order; a block may have any number of layers, and all but `plain` may offload."""
     chunk_tokens: TokenCount | None = None
@@ -170,6 +172,7 @@ def make_plan(config: Config) -> Plan:
         attend=attend,
         peers=config.peers,
         layout=config.layout,
+        document_tokens=config.document_tokens,
         repeats=config.repeats,
         seconds=config.seconds,
         seed=config.seed,

@@ -90,6 +90,15 @@ def test_the_gate_lets_right_modes_pass_and_no_wrong_one(precision: Precision, m
     assert [verdict.status for verdict in judge(work, modes)] == ["ok", "ok", "failed", "failed"]
 
 
+def test_documents_share_a_sequence() -> None:
+    packed, config = replace(workload(), document_tokens=7), parse_mode("all").config(64, 16, 64)
+    assert packed.starts(16) == (0, 7, 14)
+    assert {verdict.status for verdict in judge(packed, ["block1", "all"])} == {"ok"}
+    losses = [work.gradients(64, config).loss for work in (packed, workload())]
+    workload().clear()
+    assert losses[0] != pytest.approx(losses[1], rel=1e-6)
+
+
 @pytest.mark.parametrize("gate_mode", ["checkpointing-streamed-head", "block1"])
 def test_any_mode_may_be_the_gates(gate_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["plain", "checkpointing-streamed-head", "block1", "all"]

@@ -36,6 +36,7 @@ def test_why_it_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert missing(plan) == "not installed"
     monkeypatch.setattr(_stream_peers, "installed", lambda name: "1.0")
     assert missing(plan) == ""
+    assert "one document" in missing(plan_of("[softmax]", "document_tokens=7"))
     assert "one rank" in missing(plan_of("[softmax]", "ranks=2"))
     assert "softmax" in missing(plan_of("[simple_gla x2, softmax]"))
     assert list(peers(plan_of("[softmax]", "peers=false"), Any)) == []  # type: ignore[arg-type]
