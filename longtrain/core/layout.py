@@ -9,15 +9,13 @@ zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal atten
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longtrain.core.kinds import LayoutKind
-
-Span = tuple[int, int]
-"""Tokens [begin, end) of the whole sequence."""
+from longtrain_kernels.spans import Span, Spans
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,36 @@ class SequenceLayout:
         """The tokens of a macro-chunk that a rank holds, by slot."""
         return [self._slot(slot, chunk) for slot in self.slots(rank)]
 
-    def held(self, rank: int, chunk: int) -> list[Span]:
-        """The tokens that a rank holds of all chunks up to and including `chunk`, ascending, without empty spans."""
-        spans, counts = self._held[rank]
-        return spans[: counts[chunk]]
+    def count(self, ranks: Sequence[int], chunk: int) -> int:
+        """How many tokens of a macro-chunk some ranks hold together."""
+        return sum(end - begin for rank in ranks for begin, end in self.spans(rank, chunk))
+
+    def count_before(self, ranks: Sequence[int], chunk: int) -> int:
+        """The same of all chunks before it, which are of one length."""
+        return chunk * self.count(ranks, 0)
+
+    def count_all(self, ranks: Sequence[int]) -> int:
+        """The same of all chunks."""
+        last = self.num_chunks - 1
+        return self.count_before(ranks, last) + self.count(ranks, last)
+
+    def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
+        """The tokens of [begin, end) that a rank holds, ascending; no empty spans."""
+        size = self.chunk_tokens or self.length
+        chunks = range(max(0, begin) // size, -(-min(end, self.length) // size))
+        parts = [overlap(span, (begin, end)) for chunk in chunks for span in self.spans(rank, chunk)]
+        return [part for part in parts if part[1] > part[0]]
+
+    def held(self, ranks: tuple[int, ...]) -> Spans:
+        """The tokens of all chunks that some ranks hold together; found once for all chunks."""
+        if ranks not in self._held:
+            chunks = range(self.num_chunks)
+            self._held[ranks] = Spans(sorted(s for c in chunks for rank in ranks for s in self.spans(rank, c)))
+        return self._held[ranks]
 
     @cached_property
-    def _held(self) -> list[tuple[list[Span], list[int]]]:
-        """Of every rank: its spans of all chunks, and how many of them there are up to each chunk."""
-        found = []
-        for rank in range(self.num_ranks):
-            by_chunk = [[s for s in self.spans(rank, c) if s[1] > s[0]] for c in range(self.num_chunks)]
-            found.append(([s for spans in by_chunk for s in spans], list(accumulate(map(len, by_chunk)))))
-        return found
+    def _held(self) -> dict[tuple[int, ...], Spans]:
+        return {}
 
     def _slot(self, slot: int, chunk: int) -> Span:
         begin, end = self.chunk(chunk)

@@ -10,8 +10,13 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Group
-from longtrain.core.layout import SequenceLayout, Span, overlap, span_index
+from longtrain.core.layout import SequenceLayout, span_index
+from longtrain.sequence_parallel.before import Before, rows_before
 from longtrain_kernels.block_attention import Tokens
+from longtrain_kernels.spans import Span, Spans
+
+Piece = tuple[int, slice]
+"""A stretch of tokens: the rank that has it, and which of that rank's tokens it is."""
 
 
 class Rows(NamedTuple):
@@ -51,10 +56,9 @@ class Shard:
 
     def rows(self, ranks: Sequence[int]) -> Rows:
         """Of what some ranks hold together."""
-        chunks = range(self.layout.num_chunks)
-        counts = [sum(e - b for rank in ranks for b, e in self.layout.spans(rank, chunk)) for chunk in chunks]
-        begin = sum(counts[: self.chunk])
-        return Rows(begin, begin + counts[self.chunk], sum(counts), alone=len(chunks) == 1)
+        begin = self.layout.count_before(ranks, self.chunk)
+        end = begin + self.layout.count(ranks, self.chunk)
+        return Rows(begin, end, self.layout.count_all(ranks), alone=self.layout.num_chunks == 1)
 
     @cached_property
     def own_rows(self) -> Rows:
@@ -79,10 +83,7 @@ class Shard:
         key = tuple(ranks)
         if key not in self._teams:
             chunk = [sorted(s for r in some for s in self.layout.spans(r, self.chunk)) for some in ranks]
-            held = [sorted(s for r in some for s in self.layout.held(r, self.chunk)) for some in ranks]
-            most = max(self.rows(some).total for some in ranks)
-            parts = tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held))
-            self._teams[key] = Team(group, self.device, *parts, most)
+            self._teams[key] = Team(group, self.layout, self.chunk, key, tuple(map(self._tokens, chunk)))
         return self._teams[key]
 
     @cached_property
@@ -97,10 +98,11 @@ class Shard:
         documents = self.layout.documents(self.index)
         return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
 
-    def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
-        """The tokens in [begin, end) that a rank holds of this chunk and earlier ones; no empty spans."""
-        parts = [overlap(span, (begin, end)) for span in self.layout.held(rank, self.chunk)]
-        return [part for part in parts if part[1] > part[0]]
+    def before(self, width: int) -> Before:
+        """Where the `width` rows before each part are; the same for all layers."""
+        if width not in self._before:
+            self._before[width] = rows_before(width, self.layout, self.group.rank, self.chunk)
+        return self._before[width]
 
     def _tokens(self, spans: list[Span]) -> Tokens:
         """The same for all layers, so that they plan once."""
@@ -117,6 +119,10 @@ class Shard:
             self.__dict__.pop(name, None)
 
     @cached_property
+    def _before(self) -> dict[int, Before]:
+        return {}
+
+    @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:
         return {}
 
@@ -130,13 +136,23 @@ class Team:
     """Ranks that work together on a macro-chunk, and the tokens of each."""
 
     group: Group
-    device: torch.device
+    layout: SequenceLayout
+    chunk: int
+    ranks: tuple[tuple[int, ...], ...]
+    """Whose tokens each member stands for."""
     tokens: tuple[Tokens, ...]
     """Of this chunk, by rank."""
-    held: tuple[Tokens, ...]
-    """Of this chunk and all earlier ones, by rank."""
-    most_rows: int
-    """That one of the ranks holds of all chunks."""
+
+    @cached_property
+    def held(self) -> tuple[Tokens, ...]:
+        """Of this chunk and all earlier ones, by rank."""
+        _, end = self.layout.chunk(self.chunk)
+        return tuple(Tokens(self.layout.held(some).until(end), self.layout.starts) for some in self.ranks)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """That one of the ranks holds of all chunks."""
+        return max(map(self.layout.count_all, self.ranks))
 
     @cached_property
     def counts(self) -> list[int]:
@@ -144,34 +160,41 @@ class Team:
         return [tokens.count for tokens in self.tokens]
 
     @cached_property
+    def counts_before(self) -> list[int]:
+        """Tokens of all earlier chunks on every rank."""
+        return [self.layout.count_before(some, self.chunk) for some in self.ranks]
+
+    @cached_property
     def held_counts(self) -> list[int]:
         """Tokens of this chunk and all earlier ones on every rank."""
-        return [tokens.count for tokens in self.held]
+        return [before + now for before, now in zip(self.counts_before, self.counts, strict=True)]
 
     @cached_property
-    def pieces(self) -> list[tuple[int, slice]]:
-        """The chunk in ascending order: of each stretch the rank that has it, and which of that rank's tokens it is."""
-        return _ascending(self.tokens)
+    def pieces(self) -> list[Piece]:
+        """The chunk in ascending order."""
+        return _ascending([tokens.spans for tokens in self.tokens])
 
     @cached_property
-    def held_pieces(self) -> list[tuple[int, slice]]:
-        """The same of all that they hold."""
-        return _ascending(self.held)
+    def pieces_before(self) -> list[Piece]:
+        """Any earlier chunk in ascending order: they are cut alike, other than the last of a sequence."""
+        return _ascending([Spans(sorted(s for r in some for s in self.layout.spans(r, 0))) for some in self.ranks])
 
 
-def _ascending(by_rank: tuple[Tokens, ...]) -> list[tuple[int, slice]]:
-    stretches = [
-        (begin, end, rank, tokens.below(begin)) for rank, tokens in enumerate(by_rank) for begin, end in tokens.spans
-    ]
-    return [(rank, slice(at, at + end - begin)) for begin, end, rank, at in sorted(stretches) if end > begin]
+def _ascending(by_rank: Sequence[Spans]) -> list[Piece]:
+    stretches = sorted((span, rank) for rank, spans in enumerate(by_rank) for span in spans)
+    found = []
+    for (begin, end), rank in stretches:
+        at = by_rank[rank].below(begin)
+        found.append((rank, slice(at, at + end - begin)))
+    return found
 
 
-def in_order(parts: Sequence[Tensor], pieces: list[tuple[int, slice]]) -> Tensor:
+def in_order(parts: Sequence[Tensor], pieces: list[Piece]) -> Tensor:
     """[B, tokens of a rank, ...] by rank -> all tokens in ascending order."""
     return torch.cat([parts[rank][:, piece] for rank, piece in pieces] or [parts[0][:, :0]], dim=1)
 
 
-def by_rank(x: Tensor, pieces: list[tuple[int, slice]], ranks: int) -> list[Tensor]:
+def by_rank(x: Tensor, pieces: list[Piece], ranks: int) -> list[Tensor]:
     """The inverse of `in_order`."""
     stretches = x.split([piece.stop - piece.start for _, piece in pieces], dim=1) if pieces else ()
     of_rank: list[list[Tensor]] = [[] for _ in range(ranks)]

@@ -1,0 +1,120 @@
+"""What a rank knows of its part of a chunk is right, found once, and no more work for there being more chunks."""
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtrain.comm.group import Group
+from longtrain.core.kinds import LayoutKind
+from longtrain.core.layout import SequenceLayout, span_index
+from longtrain.sequence_parallel.before import rows_before
+from longtrain.sequence_parallel.held import held_by_rank, held_in_order
+from longtrain.sequence_parallel.shard import Shard
+
+CPU = torch.device("cpu")
+LENGTHS, CHUNKS = st.integers(1, 60), st.integers(1, 25)
+KINDS = st.sampled_from(["contiguous", "zigzag"])
+
+
+def shards(layout: SequenceLayout, rank: int = 0) -> list[Shard]:
+    return [Shard(layout, Group(rank, layout.num_ranks), CPU, chunk) for chunk in range(layout.num_chunks)]
+
+
+@given(length=LENGTHS, chunk=CHUNKS, kind=KINDS)
+def test_rows_of_chunks_follow_each_other(length: int, chunk: int, kind: LayoutKind) -> None:
+    layout = SequenceLayout(length, 3, ((0,),), chunk, kind)
+    rows = [shard.rows([0, 2]) for shard in shards(layout)]
+    counts = [sum(e - b for rank in (0, 2) for b, e in layout.spans(rank, c)) for c in range(layout.num_chunks)]
+    assert [(r.begin, r.end, r.total) for r in rows] == [
+        (sum(counts[:c]), sum(counts[: c + 1]), sum(counts)) for c in range(layout.num_chunks)
+    ]
+    assert {r.alone for r in rows} == {len(counts) == 1}
+
+
+@given(length=LENGTHS, chunk=CHUNKS, kind=KINDS, rank=st.integers(0, 2))
+def test_segments_count_the_starts_of_documents_inside_them(
+    length: int, chunk: int, kind: LayoutKind, rank: int
+) -> None:
+    starts = (tuple(range(0, length, 5)), (0,))
+    for shard in shards(SequenceLayout(length, 3, starts, chunk, kind), rank):
+        assert [x.tolist() for x in shard.segment_documents] == [
+            [[sum(b <= s <= t for s in row) for t in range(b, e)] for row in starts] for b, e in shard.spans
+        ]
+
+
+@given(length=LENGTHS, chunk=CHUNKS, kind=KINDS, width=st.integers(1, 30))
+def test_rows_come_from_who_holds_them(length: int, chunk: int, kind: LayoutKind, width: int) -> None:
+    layout = SequenceLayout(length, 3, ((0,),), chunk, kind)
+    for c in range(layout.num_chunks):
+        begin, end = layout.chunk(c)
+        plans = [rows_before(width, layout, rank, c) for rank in range(3)]
+        offered = [span_index(layout.held_between(r, begin - width, end), CPU) for r in range(3)]
+        sent = [
+            [[offered[o][slice(*rows)] for to, rows in plans[o].sends if to == r] for o in range(3)] for r in range(3)
+        ]
+        for rank, plan in enumerate(plans):
+            come = [sent[rank][owner].pop(0) for owner, _ in plan.receives]
+            assert [len(x) for x in come] == [e - b for _, (b, e) in plan.receives]
+            parts = torch.cat([torch.arange(0), *come]).split(plan.num_rows)
+            want = [range(max(0, b - width), b) if e > b else [] for b, e in layout.spans(rank, c)]
+            assert [x.tolist() for x in parts] == [list(x) for x in want]
+            assert plan.num_kept == sum(end - width <= t for t in offered[rank].tolist())
+        assert not any(some for of_rank in sent for some in of_rank)
+
+
+@pytest.mark.parametrize("members", [[(0,), (1,), (2,), (3,)], [(0, 1), (2, 3)]])
+@given(length=LENGTHS, chunk=CHUNKS, kind=KINDS)
+def test_what_ranks_hold_is_put_in_order(
+    members: list[tuple[int, ...]], length: int, chunk: int, kind: LayoutKind
+) -> None:
+    layout = SequenceLayout(length, 4, ((0,),), chunk, kind)
+    for shard in shards(layout):
+        team = shard.team_of(Group(0, len(members)), members)
+        whole = torch.arange(layout.chunk(shard.chunk)[1])[None, :, None]
+        parts = [span_index(list(tokens.spans), CPU)[None, :, None] for tokens in team.held]
+        assert [part.shape[1] for part in parts] == team.held_counts
+        assert torch.equal(held_in_order(parts, team), whole)
+        assert all(map(torch.equal, held_by_rank(whole, team), parts))
+
+
+def calls(function: Callable[[], object]) -> int:
+    """How many functions it calls, those of Python's own library included."""
+    count = 0
+
+    def tell(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(tell)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def plan(layout: SequenceLayout, layers: int) -> None:
+    """All that layers ask of a chunk that is not a tensor."""
+    for shard in shards(layout, layout.num_ranks // 2):
+        for _ in range(layers):
+            _ = shard.own_rows, shard.rows([0]), shard.before(5), shard.team.most_rows
+            _ = shard.team.pieces, shard.team.pieces_before, shard.team.held_counts
+            for tokens in shard.team.held:
+                shard.tokens.plan(tokens, None)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_plans_of_twice_as_many_chunks_are_twice_the_work(ranks: int, kind: LayoutKind) -> None:
+    few, many, deep = (
+        calls(lambda n=n, layers=layers: plan(SequenceLayout(16 * n, ranks, ((0, 7, 100),), 16, kind), layers))
+        for n, layers in ((32, 1), (64, 1), (64, 2))
+    )
+    assert many < 2.1 * few
+    assert deep < 1.5 * many
