@@ -114,7 +114,8 @@ class SequenceLayout:
         if device not in self._starts_by_device:
             most = max(map(len, self.starts))
             rows = [[*row, *[torch.iinfo(torch.int64).max] * (most - len(row))] for row in self.starts]
-            self._starts_by_device[device] = torch.tensor(rows, dtype=torch.int64, device=device)
+            starts = torch.tensor(rows, dtype=torch.int64)
+            self._starts_by_device[device] = starts.to(device, non_blocking=True)  # the host need not wait for it
         return self._starts_by_device[device]
 
     @cached_property

@@ -94,9 +94,8 @@ class Shard:
     @cached_property
     def segment_documents(self) -> list[Tensor]:
         """Of each part [B, len], the document starts in it up to each token: what a `Recurrence` needs."""
-        before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
-        documents = self.layout.documents(self.index)
-        return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
+        parts = [self.documents_between(begin - 1, end) for begin, end in self.spans]
+        return [documents[:, 1:] - documents[:, :1] for documents in parts]
 
     def before(self, width: int) -> Before:
         """Where the `width` rows before each part are; the same for all layers."""

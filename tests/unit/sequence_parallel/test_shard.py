@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from longtrain.comm.group import Group
 from longtrain.core.kinds import LayoutKind
@@ -118,3 +119,22 @@ def test_plans_of_twice_as_many_chunks_are_twice_the_work(ranks: int, kind: Layo
     )
     assert many < 2.1 * few
     assert deep < 1.5 * many
+
+
+class NoWaits(TorchFunctionMode):
+    """Refuses copies to a device for which the host waits. What reads from one fails by itself on `meta`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        assert function is not torch.tensor or "device" not in kwargs, "a list is copied to the device"
+        assert function is not torch.Tensor.to or kwargs.get("non_blocking"), "a tensor is copied to the device"
+        return function(*args, **kwargs)
+
+
+def test_the_host_waits_for_no_device() -> None:
+    layout = SequenceLayout(64, 2, (tuple(range(0, 64, 4)), (0, 5)), 20, "zigzag")
+    shard = Shard(layout, Group(1, 2), torch.device("meta"), 1)
+    with NoWaits():
+        found = [*shard.segment_documents, shard.positions, shard.documents_between(3, 9), shard.index]
+        packed = shard.tokens.plan(shard.team.held[1], None).packed(shard.device)
+    assert {x.device.type for x in (*found, packed.rows, packed.queries, packed.squares.ends)} == {"meta"}
