@@ -34,6 +34,10 @@ class Plan:
             self._packed[device] = Packed.of(self.squares, device)
         return self._packed[device]
 
+    def release(self) -> None:
+        """Let go of what `packed` found; it is found again if it is asked for."""
+        self._packed.clear()
+
     @cached_property
     def _packed(self) -> dict[torch.device, Packed]:
         return {}
@@ -66,6 +70,11 @@ class Tokens:
         if wanted not in self._plans:
             self._plans[wanted] = _plan(self, keys, window)
         return self._plans[wanted]
+
+    def release(self) -> None:
+        """Let go of what plans have on devices for every token."""
+        for plan in self._plans.values():
+            plan.release()
 
 
 def _plan(queries: Tokens, keys: Tokens, window: int | None) -> Plan:

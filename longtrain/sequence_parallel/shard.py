@@ -116,6 +116,8 @@ class Shard:
         """Let go of what was made for every token; it is made again if it is asked for."""
         for name in ("index", "positions", "segment_documents"):
             self.__dict__.pop(name, None)
+        for tokens in self._found.values():
+            tokens.release()
 
     @cached_property
     def _before(self) -> dict[int, Before]:

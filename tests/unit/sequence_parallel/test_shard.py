@@ -1,6 +1,7 @@
 """What a rank knows of its part of a chunk is right, found once, and no more work for there being more chunks."""
 
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -138,3 +139,15 @@ def test_the_host_waits_for_no_device() -> None:
         found = [*shard.segment_documents, shard.positions, shard.documents_between(3, 9), shard.index]
         packed = shard.tokens.plan(shard.team.held[1], None).packed(shard.device)
     assert {x.device.type for x in (*found, packed.rows, packed.queries, packed.squares.ends)} == {"meta"}
+
+
+def test_index_tensors_go_when_a_chunk_is_done() -> None:
+    """All layers of the chunk share one; the plan, which is small, stays."""
+    [shard] = shards(SequenceLayout(64, 1, (tuple(range(0, 64, 4)),)))
+    found = shard.tokens.plan(shard.team.held[0], None)
+    packed = weakref.ref(found.packed(CPU))
+    assert found.packed(CPU) is packed()
+    shard.release()
+    assert packed() is None
+    assert shard.tokens.plan(shard.team.held[0], None) is found
+    assert found.packed(CPU).queries.tolist() == list(range(64))
