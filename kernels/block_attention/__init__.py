@@ -5,9 +5,10 @@ before it. Tokens are named by their place in the whole sequence: a block may be
 """
 
 from longtrain_kernels.block_attention.attention import BlockAttention
-from longtrain_kernels.block_attention.blocks import Span, Tokens
+from longtrain_kernels.block_attention.blocks import Tokens
 from longtrain_kernels.block_attention.choice import AUTO, NAMES
 from longtrain_kernels.block_attention.kernel import Unsupported
 from longtrain_kernels.block_attention.merging import merge_into
+from longtrain_kernels.spans import Span
 
 __all__ = ["AUTO", "NAMES", "BlockAttention", "Span", "Tokens", "Unsupported", "merge_into"]

@@ -7,7 +7,7 @@ rectangle, whole, with the keys before them.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,9 +16,7 @@ import torch
 
 from longtrain_kernels.block_attention.kernel import Block
 from longtrain_kernels.block_attention.packing import Packed
-
-Span = tuple[int, int]
-"""Tokens [begin, end) of the whole sequence."""
+from longtrain_kernels.spans import Span, Spans
 
 
 @dataclass(frozen=True)
@@ -36,31 +34,32 @@ class Plan:
             self._packed[device] = Packed.of(self.squares, device)
         return self._packed[device]
 
+    def release(self) -> None:
+        """Let go of what `packed` found; it is found again if it is asked for."""
+        self._packed.clear()
+
     @cached_property
     def _packed(self) -> dict[torch.device, Packed]:
         return {}
 
 
-@dataclass(frozen=True)
 class Tokens:
     """Tokens of a batch of sequences, in ascending order."""
 
-    spans: tuple[Span, ...]
-    """Of every sequence; disjoint, ascending. A span may begin before token 0: nobody sees those tokens."""
-    starts: tuple[tuple[int, ...], ...]
-    """Of each sequence, the ascending tokens at which a document begins; the first is 0."""
-
-    def below(self, token: int) -> int:
-        """How many of these tokens come before `token`."""
-        i = bisect_left(self._ends, token)
-        if i == len(self.spans):
-            return self._counts[-1]
-        return self._counts[i] + max(0, token - self.spans[i][0])
+    def __init__(self, spans: Iterable[Span] | Spans, starts: tuple[tuple[int, ...], ...]) -> None:
+        """
+        Args:
+            spans: of every sequence; disjoint, ascending. One may begin before token 0: nobody sees those tokens.
+            starts: of each sequence, the ascending tokens at which a document begins; the first is 0.
+        """
+        self.spans = spans if isinstance(spans, Spans) else Spans(spans)
+        self.starts = starts
+        self._plans: dict[tuple[Spans, int | None], Plan] = {}
 
     @property
     def count(self) -> int:
         """L, tokens of a sequence."""
-        return self._counts[-1]
+        return self.spans.count
 
     def plan(self, keys: "Tokens", window: int | None) -> Plan:
         """The blocks in which these tokens, as queries, see the keys; found once for all layers.
@@ -72,25 +71,14 @@ class Tokens:
             self._plans[wanted] = _plan(self, keys, window)
         return self._plans[wanted]
 
-    @cached_property
-    def _ends(self) -> list[int]:
-        return [end for _, end in self.spans]
-
-    @cached_property
-    def _counts(self) -> list[int]:
-        """Of tokens before each span, and of all."""
-        counts = [0]
-        for begin, end in self.spans:
-            counts.append(counts[-1] + end - begin)
-        return counts
-
-    @cached_property
-    def _plans(self) -> dict[tuple[tuple[Span, ...], int | None], Plan]:
-        return {}
+    def release(self) -> None:
+        """Let go of what plans have on devices for every token."""
+        for plan in self._plans.values():
+            plan.release()
 
 
 def _plan(queries: Tokens, keys: Tokens, window: int | None) -> Plan:
-    alike = len(set(queries.starts)) == 1
+    alike = all(starts == queries.starts[0] for starts in queries.starts)
     rows = [slice(0, len(queries.starts))] if alike else [slice(i, i + 1) for i in range(len(queries.starts))]
     squares: list[Block] = []
     rectangles: list[Block] = []
@@ -118,14 +106,14 @@ def _blocks(queries: Tokens, keys: Tokens, starts: tuple[int, ...], window: int 
     for begin, end, at in _runs(queries, keys, starts):
         document = starts[bisect_right(starts, begin) - 1]
         first = document if window is None else max(document, begin - window + 1)
-        seen = slice(keys.below(first), keys.below(end))
+        seen = slice(keys.spans.below(first), keys.spans.below(end))
         if seen.start == seen.stop:
             continue
-        causal = any(b <= begin < e for b, e in keys.spans)
+        causal = bool(keys.spans.between(begin, begin + 1))
         if window is not None and not causal:
             raise ValueError("keys for a window hold the queries' own tokens")
         block = Block(slice(0, 1), slice(at, at + end - begin), seen, causal)
-        if last is not None and last[0] == document and _continues(last[1], block, keys.below(begin)):
+        if last is not None and last[0] == document and _continues(last[1], block, keys.spans.below(begin)):
             block = replace(
                 block,
                 queries=slice(last[1].queries.start, block.queries.stop),
@@ -147,10 +135,9 @@ def _continues(block: Block, following: Block, before: int) -> bool:
 
 def _runs(queries: Tokens, keys: Tokens, starts: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """Runs [begin, end) of queries that no document's start and no edge of the keys divides, and where each begins."""
-    edges = sorted({edge for span in keys.spans for edge in span})
     at = 0
     for begin, end in queries.spans:
-        inner = {*edges[bisect_right(edges, begin) : bisect_left(edges, end)]}
+        inner = {edge for span in keys.spans.between(begin, end) for edge in span if begin < edge < end}
         inner |= {*starts[bisect_right(starts, begin) : bisect_left(starts, end)]}
         for a, b in pairwise([begin, *sorted(inner), end]):
             if b > a:

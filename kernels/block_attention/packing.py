@@ -23,16 +23,19 @@ class Packed:
 
     @classmethod
     def of(cls, blocks: tuple[Block, ...], device: torch.device) -> "Packed":
-        """The squares `blocks`, on `device`: one copy to it serves all layers."""
+        """The squares `blocks`, on `device`, for which the host does not wait."""
         each = [(row, block) for block in blocks for row in range(block.rows.start, block.rows.stop)]
         sizes = [block.queries.stop - block.queries.start for _, block in each]
-        firsts = [(row, block.queries.start, block.keys.start) for row, block in each]
-        ends = torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
-        places = torch.tensor(firsts).repeat_interleave(torch.tensor(sizes), dim=0)
-        inside = torch.arange(len(places)) - ends[:-1].long().repeat_interleave(torch.tensor(sizes))
-        places[:, 1:] += inside[:, None]
-        rows, queries, keys = places.to(device).unbind(1)
-        return cls(Squares(ends.to(device), max(sizes)), rows, queries, keys)
+        edges = list(accumulate(sizes, initial=0))
+        # Less the tokens of the squares before it, places of the first token and numbers of all tokens add up.
+        firsts = [
+            (row, b.queries.start - edge, b.keys.start - edge) for (row, b), edge in zip(each, edges, strict=False)
+        ]
+        ends = torch.tensor(edges, dtype=torch.int32).to(device, non_blocking=True)
+        places = torch.tensor(firsts).to(device, non_blocking=True)
+        places = places.repeat_interleave(ends.diff(), dim=0, output_size=edges[-1])
+        places[:, 1:] += torch.arange(edges[-1], device=device)[:, None]
+        return cls(Squares(ends, max(sizes)), *places.unbind(1))
 
     def of_queries(self, x: Tensor) -> Tensor:
         """[B, L, ...] -> [n, ...]."""

@@ -28,6 +28,6 @@ def attention_reference(
 
 def _documents(tokens: Tokens, device: torch.device) -> tuple[Tensor, Tensor]:
     """[L] the tokens themselves, and [B, L] the document of each."""
-    index = torch.cat([torch.arange(*span, device=device) for span in tokens.spans])
+    index = torch.cat([torch.arange(*span, device=device) for span in [(0, 0), *tokens.spans]])
     starts = [torch.tensor(row, device=device) for row in tokens.starts]
     return index, torch.stack([torch.searchsorted(row, index, right=True) for row in starts])

@@ -6,18 +6,17 @@ zigzag layout there are two slots a rank, r and 2P - 1 - r, so that causal atten
 2024, section 3.3.2). A rank's rows are those of its slots in ascending order.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from longtrain.core.kinds import LayoutKind
-
-Span = tuple[int, int]
-"""Tokens [begin, end) of the whole sequence."""
+from longtrain_kernels.spans import Span, Spans
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,17 @@ class SequenceLayout:
         size = self.chunk_tokens or self.length
         return chunk * size, min(self.length, (chunk + 1) * size)
 
+    @cached_property
+    def sees(self) -> tuple[int, ...]:
+        """Of each macro-chunk, the first that has a token of a document that goes on in it, in any of the sequences."""
+        begins = [self.chunk(chunk)[0] for chunk in range(self.num_chunks)]
+        oldest = (min(row[bisect_right(row, begin) - 1] for row in self.starts) for begin in begins)
+        return tuple(token // (self.chunk_tokens or self.length) for token in oldest)
+
+    def seen(self, chunk: int) -> Span:
+        """The tokens of a macro-chunk and of those before it that it sees."""
+        return self.chunk(self.sees[chunk])[0], self.chunk(chunk)[1]
+
     def slots(self, rank: int) -> tuple[int, ...]:
         """The slots of every chunk that belong to a rank, ascending; as many on each rank."""
         if self.kind == "contiguous" or self.num_ranks == 1:
@@ -65,19 +75,32 @@ class SequenceLayout:
         """The tokens of a macro-chunk that a rank holds, by slot."""
         return [self._slot(slot, chunk) for slot in self.slots(rank)]
 
-    def held(self, rank: int, chunk: int) -> list[Span]:
-        """The tokens that a rank holds of all chunks up to and including `chunk`, ascending, without empty spans."""
-        spans, counts = self._held[rank]
-        return spans[: counts[chunk]]
+    def count(self, ranks: Sequence[int], chunk: int) -> int:
+        """How many tokens of a macro-chunk some ranks hold together."""
+        return sum(end - begin for rank in ranks for begin, end in self.spans(rank, chunk))
+
+    def count_all(self, ranks: Sequence[int]) -> int:
+        """The same of all chunks, of which all but the last are of one length."""
+        last = self.num_chunks - 1
+        return last * self.count(ranks, 0) + self.count(ranks, last)
+
+    def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
+        """The tokens of [begin, end) that a rank holds, ascending; no empty spans."""
+        size = self.chunk_tokens or self.length
+        chunks = range(max(0, begin) // size, -(-min(end, self.length) // size))
+        parts = [overlap(span, (begin, end)) for chunk in chunks for span in self.spans(rank, chunk)]
+        return [part for part in parts if part[1] > part[0]]
+
+    def held(self, ranks: tuple[int, ...]) -> Spans:
+        """The tokens of all chunks that some ranks hold together; found once for all chunks."""
+        if ranks not in self._held:
+            chunks = range(self.num_chunks)
+            self._held[ranks] = Spans(sorted(s for c in chunks for rank in ranks for s in self.spans(rank, c)))
+        return self._held[ranks]
 
     @cached_property
-    def _held(self) -> list[tuple[list[Span], list[int]]]:
-        """Of every rank: its spans of all chunks, and how many of them there are up to each chunk."""
-        found = []
-        for rank in range(self.num_ranks):
-            by_chunk = [[s for s in self.spans(rank, c) if s[1] > s[0]] for c in range(self.num_chunks)]
-            found.append(([s for spans in by_chunk for s in spans], list(accumulate(map(len, by_chunk)))))
-        return found
+    def _held(self) -> dict[tuple[int, ...], Spans]:
+        return {}
 
     def _slot(self, slot: int, chunk: int) -> Span:
         begin, end = self.chunk(chunk)
@@ -99,7 +122,8 @@ class SequenceLayout:
         if device not in self._starts_by_device:
             most = max(map(len, self.starts))
             rows = [[*row, *[torch.iinfo(torch.int64).max] * (most - len(row))] for row in self.starts]
-            self._starts_by_device[device] = torch.tensor(rows, dtype=torch.int64, device=device)
+            starts = torch.tensor(rows, dtype=torch.int64)
+            self._starts_by_device[device] = starts.to(device, non_blocking=True)  # the host need not wait for it
         return self._starts_by_device[device]
 
     @cached_property

@@ -67,8 +67,8 @@ class Lift:
         """Begin to bring back what is at the host."""
         return self._bring(away.tensor.shape, [away], lambda whole: _copy(whole, away.tensor))
 
-    def up_rows(self, pieces: Sequence[tuple[Away, slice]], at: int, room: int) -> "Coming":
-        """Begin to bring back rows of pieces [B, n, ...], one behind the other, into [B, room, ...] from row `at`.
+    def up_rows(self, pieces: Sequence[Away], at: int, room: int) -> "Coming":
+        """Begin to bring back pieces [B, n, ...], one behind the other, into [B, room, ...] from row `at`.
 
         Rows before them are zeros, those behind are not set.
         """
@@ -76,13 +76,13 @@ class Lift:
         def fill(whole: Tensor) -> None:
             whole[:, :at].zero_()
             begin = at
-            for away, rows in pieces:
-                some = away.tensor[:, rows]
-                _copy(whole[:, begin : begin + some.shape[1]], some)
-                begin += some.shape[1]
+            for away in pieces:
+                end = begin + away.tensor.shape[1]
+                _copy(whole[:, begin:end], away.tensor)
+                begin = end
 
-        like = pieces[0][0].tensor
-        return self._bring((like.shape[0], room, *like.shape[2:]), [away for away, _ in pieces], fill)
+        like = pieces[0].tensor
+        return self._bring((like.shape[0], room, *like.shape[2:]), pieces, fill)
 
     def settle(self) -> None:
         """Let go of everything that is under way; the device waits for it."""
@@ -125,7 +125,7 @@ class Lift:
             begin, end = self._waits.popleft()
             self._waited += begin.elapsed_time(end) / 1e3
 
-    def _bring(self, shape: Sequence[int], sources: list[Away], fill: Callable[[Tensor], object]) -> "Coming":
+    def _bring(self, shape: Sequence[int], sources: Sequence[Away], fill: Callable[[Tensor], object]) -> "Coming":
         whole = torch.empty(tuple(shape), dtype=sources[0].tensor.dtype, device=self._device)
         if self._up is None:
             fill(whole)

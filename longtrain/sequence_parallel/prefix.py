@@ -1,9 +1,9 @@
 """Keys and values of a softmax layer between chunks of time: computed once, and differentiated once.
 
 Carries of recurrent layers have a fixed size and go from chunk to chunk by value. Keys and values grow with the
-context: a chunk adds its rows to those of the chunks before and attends to those of documents that go on. Backward,
-from the last chunk to the first, every chunk adds what it finds to float32 sums of the gradients of all of them; when a
-chunk's turn comes, those of its own rows are whole.
+context: a chunk adds its rows to those of the chunks before and attends to all that have a token of a document that
+goes on. Backward, from the last chunk to the first, every chunk adds what it finds to float32 sums of the gradients of
+these; when a chunk's turn comes, those of its own rows are whole.
 """
 
 import weakref
@@ -47,7 +47,7 @@ class Prefix:
         """Lets `extend` raise Filled."""
         self.differentiated = False
         """Whether there is a backward pass of what attended last."""
-        self.rows = Rows((0,), (0,), 0)
+        self.rows = Rows(0, 0, 0, (0,))
         """Of the chunk that was there last."""
 
     def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:

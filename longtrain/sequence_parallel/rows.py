@@ -109,7 +109,7 @@ class HostRows:
 
     def __init__(self, lift: Lift) -> None:
         self._lift = lift
-        self._pieces: dict[int, tuple[Away, Rows]] = {}
+        self._pieces: dict[int, Away] = {}
         """By chunk; none is empty."""
         self._soon: dict[tuple[int, bool], Coming] = {}
         """By the chunk, and whether its own rows are in it: one that is read again and one that is joined, at most."""
@@ -117,7 +117,7 @@ class HostRows:
     def write(self, rows: Rows, x: Tensor) -> None:
         """See `RowStore`."""
         if x.shape[1] and rows.chunk not in self._pieces:
-            self._pieces[rows.chunk] = self._lift.down(x.detach()), rows
+            self._pieces[rows.chunk] = self._lift.down(x.detach())
 
     def join(self, rows: Rows, x: Tensor) -> Tensor:
         """See `RowStore`."""
@@ -153,14 +153,10 @@ class HostRows:
     def _fetch(self, rows: Rows, own: bool) -> Coming:
         return self._lift.up_rows(self._wanted(rows, own), 0, rows.end - rows.first)
 
-    def _wanted(self, rows: Rows, own: bool) -> list[tuple[Away, slice]]:
-        """The rows from `first` of the pieces up to the chunk."""
-        found = []
-        for chunk in range(rows.first_chunk, rows.chunk + own):
-            if chunk in self._pieces:
-                away, of_piece = self._pieces[chunk]
-                found.append((away, slice(max(rows.first - of_piece.begin, 0), None)))
-        return found
+    def _wanted(self, rows: Rows, own: bool) -> list[Away]:
+        """The pieces of the chunks that it sees, with its own or without."""
+        chunks = range(rows.first_chunk, rows.chunk + own)
+        return [self._pieces[chunk] for chunk in chunks if chunk in self._pieces]
 
 
 class HostSums:
@@ -184,7 +180,7 @@ class HostSums:
         """See `SumStore`. This chunk may see more than the one behind it: zeros before what that one has added to."""
         if self._soon is None and self._away is not None:
             room = rows.end - rows.first
-            self._soon = self._lift.up_rows([(self._away, slice(None))], room - self._away.tensor.shape[1], room)
+            self._soon = self._lift.up_rows([self._away], room - self._away.tensor.shape[1], room)
 
     @property
     def device_bytes(self) -> int:

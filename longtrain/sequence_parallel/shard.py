@@ -1,6 +1,5 @@
 """What an algorithm knows: which tokens this rank holds, who holds the others, and the group to reach them."""
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,59 +9,61 @@ import torch
 from torch import Tensor
 
 from longtrain.comm.group import Group
-from longtrain.core.layout import SequenceLayout, Span, overlap, span_index
+from longtrain.core.layout import SequenceLayout, span_index
+from longtrain.sequence_parallel.before import Before, rows_before
 from longtrain_kernels.block_attention import Tokens
+from longtrain_kernels.spans import Span, Spans
+
+Piece = tuple[int, slice]
+"""A stretch of tokens: the rank that has it, and which of that rank's tokens it is."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """Of the tokens that are held of all chunks, in ascending order, those of one chunk, and those that it sees."""
 
-    ends: tuple[int, ...]
-    """How many are held up to and including each chunk."""
-    firsts: tuple[int, ...]
-    """The first that each chunk sees: of a document that has not ended before it, in any sequence of the batch."""
+    size: int
+    """Of a chunk; the last one has the rest."""
+    total: int
+    """Of all chunks."""
     chunk: int
+    sees: tuple[int, ...]
+    """See `SequenceLayout.sees`."""
+
+    @property
+    def first_chunk(self) -> int:
+        """The first that the chunk sees."""
+        return self.sees[self.chunk]
 
     @property
     def first(self) -> int:
         """The first row that the chunk sees."""
-        return self.firsts[self.chunk]
-
-    @property
-    def first_chunk(self) -> int:
-        """The chunk that has it."""
-        return bisect_right(self.ends, self.first)
+        return self.first_chunk * self.size
 
     @property
     def begin(self) -> int:
         """The first row of the chunk."""
-        return self.ends[self.chunk - 1] if self.chunk else 0
+        return self.chunk * self.size
 
     @property
     def end(self) -> int:
         """Behind its last row."""
-        return self.ends[self.chunk]
-
-    @property
-    def total(self) -> int:
-        """Of all chunks."""
-        return self.ends[-1]
+        return self.total if self.chunk + 1 == len(self.sees) else self.begin + self.size
 
     @property
     def alone(self) -> bool:
         """Whether there is no other chunk: the same on all ranks, unlike the numbers."""
-        return len(self.ends) == 1
+        return len(self.sees) == 1
 
     @property
     def last(self) -> "Rows":
         """Of the last chunk."""
-        return replace(self, chunk=len(self.ends) - 1)
+        return replace(self, chunk=len(self.sees) - 1)
 
     def beside(self, step: int) -> "Rows | None":
         """Of the chunk so many behind this one, if there is one."""
         chunk = self.chunk + step
-        return replace(self, chunk=chunk) if 0 <= chunk < len(self.ends) else None
+        return replace(self, chunk=chunk) if 0 <= chunk < len(self.sees) else None
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,18 @@ class Shard:
 
     def rows(self, ranks: Sequence[int]) -> Rows:
         """Of what some ranks hold together."""
-        chunks = range(self.layout.num_chunks)
-        counts = [sum(e - b for rank in ranks for b, e in self.layout.spans(rank, chunk)) for chunk in chunks]
-        return Rows(tuple(accumulate(counts)), (0,) * len(chunks), self.chunk)
+        layout = self.layout
+        return Rows(layout.count(ranks, 0), layout.count_all(ranks), self.chunk, layout.sees)
 
     @cached_property
     def own_rows(self) -> Rows:
         """Of what this rank holds."""
         return self.rows([self.group.rank])
+
+    @property
+    def seen(self) -> Span:
+        """The tokens that the chunk sees, whoever holds them."""
+        return self.layout.seen(self.chunk)
 
     def tokens_between(self, begin: int, end: int) -> Tokens:
         """The tokens [begin, end), whoever holds them."""
@@ -119,10 +124,7 @@ class Shard:
         key = tuple(ranks)
         if key not in self._teams:
             chunk = [sorted(s for r in some for s in self.layout.spans(r, self.chunk)) for some in ranks]
-            held = [sorted(s for r in some for s in self.layout.held(r, self.chunk)) for some in ranks]
-            most = max(self.rows(some).total for some in ranks)
-            parts = tuple(map(self._tokens, chunk)), tuple(map(self._tokens, held))
-            self._teams[key] = Team(group, self.device, *parts, most)
+            self._teams[key] = Team(group, self.layout, self.chunk, key, tuple(map(self._tokens, chunk)))
         return self._teams[key]
 
     @cached_property
@@ -133,14 +135,14 @@ class Shard:
     @cached_property
     def segment_documents(self) -> list[Tensor]:
         """Of each part [B, len], the document starts in it up to each token: what a `Recurrence` needs."""
-        before = self.layout.documents(torch.tensor([begin - 1 for begin, _ in self.spans], device=self.device))
-        documents = self.layout.documents(self.index)
-        return [documents[:, part] - before[:, i, None] for i, part in enumerate(self.parts)]
+        parts = [self.documents_between(begin - 1, end) for begin, end in self.spans]
+        return [documents[:, 1:] - documents[:, :1] for documents in parts]
 
-    def held_between(self, rank: int, begin: int, end: int) -> list[Span]:
-        """The tokens in [begin, end) that a rank holds of this chunk and earlier ones; no empty spans."""
-        parts = [overlap(span, (begin, end)) for span in self.layout.held(rank, self.chunk)]
-        return [part for part in parts if part[1] > part[0]]
+    def before(self, width: int) -> Before:
+        """Where the `width` rows before each part are; the same for all layers."""
+        if width not in self._before:
+            self._before[width] = rows_before(width, self.layout, self.group.rank, self.chunk)
+        return self._before[width]
 
     def _tokens(self, spans: list[Span]) -> Tokens:
         """The same for all layers, so that they plan once."""
@@ -155,6 +157,12 @@ class Shard:
         """Let go of what was made for every token; it is made again if it is asked for."""
         for name in ("index", "positions", "segment_documents"):
             self.__dict__.pop(name, None)
+        for tokens in self._found.values():
+            tokens.release()
+
+    @cached_property
+    def _before(self) -> dict[int, Before]:
+        return {}
 
     @cached_property
     def _found(self) -> dict[tuple[Span, ...], Tokens]:
@@ -170,48 +178,70 @@ class Team:
     """Ranks that work together on a macro-chunk, and the tokens of each."""
 
     group: Group
-    device: torch.device
+    layout: SequenceLayout
+    chunk: int
+    ranks: tuple[tuple[int, ...], ...]
+    """Whose tokens each member stands for."""
     tokens: tuple[Tokens, ...]
     """Of this chunk, by rank."""
-    held: tuple[Tokens, ...]
-    """Of this chunk and all earlier ones, by rank."""
-    most_rows: int
-    """That one of the ranks holds of all chunks."""
+
+    @cached_property
+    def held(self) -> tuple[Tokens, ...]:
+        """Of this chunk and the earlier ones that it sees, by rank."""
+        seen = self.layout.seen(self.chunk)
+        return tuple(Tokens(self.layout.held(some).part(*seen), self.layout.starts) for some in self.ranks)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """That one of the ranks holds of all chunks."""
+        return max(map(self.layout.count_all, self.ranks))
 
     @cached_property
     def counts(self) -> list[int]:
         """Tokens of the chunk on every rank."""
         return [tokens.count for tokens in self.tokens]
 
+    @property
+    def num_earlier(self) -> int:
+        """Earlier chunks that this one sees."""
+        return self.chunk - self.layout.sees[self.chunk]
+
+    @cached_property
+    def earlier_counts(self) -> list[int]:
+        """Tokens of these on every rank."""
+        return [self.num_earlier * self.layout.count(some, 0) for some in self.ranks]
+
     @cached_property
     def held_counts(self) -> list[int]:
-        """Tokens of this chunk and all earlier ones on every rank."""
-        return [tokens.count for tokens in self.held]
+        """Tokens of them and of this chunk on every rank."""
+        return [earlier + now for earlier, now in zip(self.earlier_counts, self.counts, strict=True)]
 
     @cached_property
-    def pieces(self) -> list[tuple[int, slice]]:
-        """The chunk in ascending order: of each stretch the rank that has it, and which of that rank's tokens it is."""
-        return _ascending(self.tokens)
+    def pieces(self) -> list[Piece]:
+        """The chunk in ascending order."""
+        return _ascending([tokens.spans for tokens in self.tokens])
 
     @cached_property
-    def held_pieces(self) -> list[tuple[int, slice]]:
-        """The same of all that they hold."""
-        return _ascending(self.held)
+    def earlier_pieces(self) -> list[Piece]:
+        """Any earlier chunk in ascending order: they are cut alike, other than the last of a sequence."""
+        return _ascending([Spans(sorted(s for r in some for s in self.layout.spans(r, 0))) for some in self.ranks])
 
 
-def _ascending(by_rank: tuple[Tokens, ...]) -> list[tuple[int, slice]]:
-    stretches = [
-        (begin, end, rank, tokens.below(begin)) for rank, tokens in enumerate(by_rank) for begin, end in tokens.spans
-    ]
-    return [(rank, slice(at, at + end - begin)) for begin, end, rank, at in sorted(stretches) if end > begin]
+def _ascending(by_rank: Sequence[Spans]) -> list[Piece]:
+    stretches = sorted((span, rank) for rank, spans in enumerate(by_rank) for span in spans)
+    found = []
+    for (begin, end), rank in stretches:
+        at = by_rank[rank].below(begin)
+        found.append((rank, slice(at, at + end - begin)))
+    return found
 
 
-def in_order(parts: Sequence[Tensor], pieces: list[tuple[int, slice]]) -> Tensor:
+def in_order(parts: Sequence[Tensor], pieces: list[Piece]) -> Tensor:
     """[B, tokens of a rank, ...] by rank -> all tokens in ascending order."""
     return torch.cat([parts[rank][:, piece] for rank, piece in pieces] or [parts[0][:, :0]], dim=1)
 
 
-def by_rank(x: Tensor, pieces: list[tuple[int, slice]], ranks: int) -> list[Tensor]:
+def by_rank(x: Tensor, pieces: list[Piece], ranks: int) -> list[Tensor]:
     """The inverse of `in_order`."""
     stretches = x.split([piece.stop - piece.start for _, piece in pieces], dim=1) if pieces else ()
     of_rank: list[list[Tensor]] = [[] for _ in range(ranks)]

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from longtrain.comm.mesh import Mesh
 from longtrain.core.kinds import LayoutKind
-from longtrain.core.layout import SequenceLayout, Span
+from longtrain.core.layout import SequenceLayout
 from longtrain.core.targets import Targets
 from longtrain.data.corpus import Corpus, Window
+from longtrain_kernels.spans import Span
 
 
 @dataclass(frozen=True)

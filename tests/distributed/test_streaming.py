@@ -89,7 +89,8 @@ def test_every_attention(rank_pool: Callable[[int], RankPool], attend: str, layo
         StreamCase(block_layers=block, chunk_tokens=chunk, attend=attend, layout=layout, offload=offload)
         for (block, chunk), offload in zip(cuts, OFFLOADS, strict=False)
     ]
-    check(rank_pool(ranks), cases)
+    short = StreamCase(block_layers=2, chunk_tokens=7, packed="short", attend=attend, layout=layout, offload="host")
+    check(rank_pool(ranks), [*cases, short])
 
 
 @pytest.mark.parametrize("scan", SCANS)

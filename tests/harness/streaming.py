@@ -44,7 +44,8 @@ class StreamCase:
     block_layers: int | Literal["recurrent", "all"] = "all"
     chunk_tokens: int | None = 5
     length: int = 29
-    packed: bool = True
+    packed: bool | Literal["short"] = True
+    """With awkward documents in one of the sequences, or with short ones in all, which no chunk sees for long."""
     tied: bool = False
     frozen: tuple[str, ...] = ()
     """Beginnings of names of parameters."""
@@ -77,7 +78,7 @@ class Problem:
 def problem(
     pattern: tuple[str, ...],
     length: int,
-    packed: bool,
+    packed: bool | Literal["short"],
     tied: bool,
     frozen: tuple[str, ...],
     objective: str,
@@ -92,7 +93,11 @@ def problem(
     tokens = torch.randint(VOCABULARY, (SEQUENCES, length)).to(device)
     labels = torch.randint(VOCABULARY, (SEQUENCES, length)).to(device)
     labels[0, length // 3 : length // 2], labels[-1, -1] = IGNORED_LABEL, IGNORED_LABEL
-    starts = (*awkward_starts(length, (length // 2,)), (0,)) if packed else ((0,),) * SEQUENCES
+    starts: tuple[tuple[int, ...], ...] = ((0,),) * SEQUENCES
+    if packed == "short":
+        starts = tuple(tuple(range(0, length, size)) for size in (4, 7, 9))
+    elif packed:
+        starts = *awkward_starts(length, (length // 2,)), (0,)
     shard = Shard(SequenceLayout(length, 1, starts), Group(0, 1), torch.device(device))
     rows = make_targets(objective, labels)
     logits = model.head(model(tokens, ShardedSequence(shard, LOCAL)))

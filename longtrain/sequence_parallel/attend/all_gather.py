@@ -11,7 +11,8 @@ from torch import Tensor
 
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.cost import BACKWARD, WIDE, AttendShape, Machine
-from longtrain.sequence_parallel.shard import Shard, by_rank, in_order
+from longtrain.sequence_parallel.held import held_by_rank, held_in_order
+from longtrain.sequence_parallel.shard import Shard
 from longtrain_kernels.affine import accumulator_dtype
 from longtrain_kernels.block_attention import BlockAttention
 
@@ -25,11 +26,10 @@ def attend(call: AttendCall, shard: Shard) -> Tensor:
 class _GatheredAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, shard: Shard, attention: BlockAttention) -> Tensor:
-        _, end = shard.layout.chunk(shard.chunk)
-        keys, pieces = shard.tokens_between(0, end), shard.team.held_pieces
+        keys, team = shard.tokens_between(*shard.seen), shard.team
         widths = [k.shape[-1], v.shape[-1]]
-        by_holder = shard.group.all_gather_rows(torch.cat([k, v], dim=-1), shard.team.held_counts)
-        k_all, v_all = in_order(by_holder, pieces).split(widths, dim=-1)
+        by_holder = shard.group.all_gather_rows(torch.cat([k, v], dim=-1), team.held_counts)
+        k_all, v_all = held_in_order(by_holder, team).split(widths, dim=-1)
         output, lse = attention.forward(q, k_all, v_all, shard.tokens, keys)
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k_all, v_all, output, lse)
@@ -41,7 +41,7 @@ class _GatheredAttention(torch.autograd.Function):
         q, k_all, v_all, output, lse = ctx.saved_tensors
         dq, dk, dv = ctx.attention.backward(grad, q, k_all, v_all, output, lse, ctx.shard.tokens, ctx.keys)
         whole = torch.cat([dk, dv], dim=-1).to(accumulator_dtype(dk.dtype))
-        sums = by_rank(whole, ctx.shard.team.held_pieces, ctx.shard.group.size)
+        sums = held_by_rank(whole, ctx.shard.team)
         dk, dv = ctx.shard.group.reduce_scatter_rows(sums).split([dk.shape[-1], dv.shape[-1]], dim=-1)
         return dq.to(q.dtype), dk.to(k_all.dtype), dv.to(v_all.dtype), None, None
 

@@ -15,11 +15,12 @@ from longtrain.sequence_parallel.shard import Shard
 def attend(call: AttendCall, shard: Shard) -> Tensor:
     """Outputs [B, L, H, V]; a rank keeps keys and values of its heads."""
     shares = HeadShares(shard.team, call.k.shape[2], call.q.shape[2])
-    begin, end = shard.layout.chunk(shard.chunk)
     k, v = call.prefix.extend(shares.of_keys(call.k), shares.of_keys(call.v), shard.rows(range(shard.group.size)))
     q = shares.values.to_heads(call.q)
     if q.shape[2]:
-        output = call.attention(q, k, v, shard.tokens_between(begin, end), shard.tokens_between(0, end))
+        output = call.attention(
+            q, k, v, shard.tokens_between(*shard.layout.chunk(shard.chunk)), shard.tokens_between(*shard.seen)
+        )
     else:  # no head is left for this rank, whose backward pass must take part all the same
         output = (q.sum(-1, keepdim=True) + k.sum() + v.sum()).expand(-1, -1, -1, v.shape[-1])
     return shares.values.to_tokens(output)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtrain.core.kinds import LayoutKind
-from longtrain.core.layout import SequenceLayout, mean_context, overlap, span_index
+from longtrain.core.layout import SequenceLayout, mean_context, overlap
 
 KINDS = st.sampled_from(["contiguous", "zigzag"])
 
@@ -32,15 +32,40 @@ def test_zigzag_gives_a_rank_an_early_and_a_late_slot() -> None:
 
 
 @given(length=st.integers(1, 60), ranks=st.integers(1, 5), chunk=st.integers(1, 20), kind=KINDS)
-def test_held_tokens_are_those_of_all_chunks_so_far(length: int, ranks: int, chunk: int, kind: LayoutKind) -> None:
+def test_what_ranks_hold_is_what_they_hold_of_all_chunks(length: int, ranks: int, chunk: int, kind: LayoutKind) -> None:
     layout = SequenceLayout(length, ranks, ((0,),), chunk, kind)
-    last = layout.num_chunks - 1
-    held = [span_index(layout.held(r, last), torch.device("cpu")) for r in range(ranks)]
-    assert torch.cat(held).sort().values.tolist() == list(range(length))
-    assert all(torch.equal(index, index.sort().values) for index in held)
+    for some in [(r,) for r in range(ranks)], [tuple(range(ranks))]:
+        held = [[t for span in layout.held(each) for t in range(*span)] for each in some]
+        assert sorted(t for tokens in held for t in tokens) == list(range(length))
+        assert [layout.count_all(each) for each in some] == [len(tokens) for tokens in held]
 
 
-@given(st.sets(st.integers(1, 39)).map(lambda s: tuple(sorted({0, *s}))))
+STARTS = st.sets(st.integers(1, 39)).map(lambda s: tuple(sorted({0, *s})))
+
+
+@given(starts=st.lists(STARTS, min_size=1, max_size=2), chunk=st.integers(1, 45))
+def test_chunks_see_those_with_a_token_of_a_document_that_goes_on(starts: list[tuple[int, ...]], chunk: int) -> None:
+    layout = SequenceLayout(40, 2, tuple(starts), chunk)
+    for c in range(layout.num_chunks):
+        begin, end = layout.chunk(c)
+        oldest = min(t for row in starts for t in range(40) if not any(t < s <= begin for s in row))
+        [first] = [other for other in range(c + 1) if oldest in range(*layout.chunk(other))]
+        assert layout.sees[c] == first
+        assert layout.seen(c) == (layout.chunk(first)[0], end)
+
+
+@given(length=st.integers(1, 60), chunk=st.integers(1, 20), kind=KINDS, a=st.integers(-9, 70), b=st.integers(-9, 70))
+def test_tokens_held_between_two_are_those_held(length: int, chunk: int, kind: LayoutKind, a: int, b: int) -> None:
+    layout = SequenceLayout(length, 3, ((0,),), chunk, kind)
+    for rank in range(3):
+        found = layout.held_between(rank, a, b)
+        assert all(begin < end for begin, end in found)
+        assert [t for span in found for t in range(*span)] == [
+            t for span in layout.held((rank,)) for t in range(*span) if a <= t < b
+        ]
+
+
+@given(STARTS)
 def test_documents_and_positions_follow_the_starts(starts: tuple[int, ...]) -> None:
     layout = SequenceLayout(40, 1, (starts, (0,)))
     index = torch.arange(40)

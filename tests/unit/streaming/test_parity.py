@@ -1,5 +1,6 @@
 """A streamed step has the loss and the gradients of plain backpropagation, however layers and time are cut."""
 
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -35,8 +36,8 @@ def test_every_mixer(name: str, block_layers: Blocks) -> None:
 
 @pytest.mark.parametrize("block_layers", BLOCKS)
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 5, 28, None])
-@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
-def test_a_hybrid_in_every_cut(block_layers: Blocks, chunk_tokens: int | None, packed: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True, "short"], ids=["whole", "packed", "short"])
+def test_a_hybrid_in_every_cut(block_layers: Blocks, chunk_tokens: int | None, packed: bool | Literal["short"]) -> None:
     case = StreamCase(block_layers=block_layers, chunk_tokens=chunk_tokens, packed=packed)
     assert stream_error(case, ALONE) < TOLERANCE
 
@@ -54,6 +55,7 @@ def test_what_waits_on_the_host_comes_back(block_layers: Blocks) -> None:
     for chunk_tokens in (1, 5, 28):
         case = StreamCase(block_layers=block_layers, chunk_tokens=chunk_tokens, offload="host", tied=True)
         assert stream_error(case, ALONE) < TOLERANCE
+        assert stream_error(replace(case, packed="short"), ALONE) < TOLERANCE
 
 
 def test_sums_do_not_change_what_they_are_given() -> None:

@@ -98,10 +98,6 @@ def test_keys_and_values_are_on_their_way_before_they_are_wanted_and_no_others(
     assert all(sums)
 
 
-def rows_of(chunk: int, *ends: int, firsts: tuple[int, ...] | None = None) -> Rows:
-    return Rows(ends, firsts or (0,) * len(ends), chunk)
-
-
 def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[tuple[int, ...]] = []
     wait = Coming.wait
@@ -113,21 +109,22 @@ def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Coming, "wait", watch)
     store = HostRows(Lift(torch.device("cpu")))
-    x = torch.arange(6.0).view(1, 6, 1)
-    store.write(rows_of(0, 3, 4, 6), x[:, :3])
-    store.prefetch(rows_of(2, 3, 4, 6), own=False)
-    store.write(rows_of(1, 3, 4, 6), x[:, 3:4])
-    assert torch.equal(store.read(rows_of(1, 3, 4, 6)), x[:, :4])
-    assert waited == [(1, 6, 1), (1, 4, 1)]
+    x = torch.arange(5.0).view(1, 5, 1)
+    first, second, third = (Rows(2, 5, chunk, (0, 0, 0)) for chunk in range(3))
+    store.write(first, x[:, :2])
+    store.prefetch(third, own=False)
+    store.write(second, x[:, 2:4])
+    assert torch.equal(store.read(second), x[:, :4])
+    assert waited == [(1, 5, 1), (1, 4, 1)]
 
 
 @pytest.mark.parametrize("stores", [(DeviceRows, DeviceSums), (HostRows, HostSums)], ids=["device", "host"])
 def test_chunks_read_and_add_to_what_they_see_alone(stores: tuple[Any, Any]) -> None:
-    """Of 2 sequences: chunk 2 sees from the middle of chunk 1, chunk 3 nothing but itself."""
+    """Of 2 sequences: the second and third see from the first on, the fourth from the third, the last itself."""
     args = [Lift(torch.device("cpu"))] if stores[0] is HostRows else []
     store, sums = (make(*args) for make in stores)
     x = torch.arange(2 * 9.0).view(2, 9, 1)
-    chunks = [rows_of(chunk, 3, 6, 8, 9, firsts=(0, 1, 4, 8)) for chunk in range(4)]
+    chunks = [Rows(2, 9, chunk, (0, 0, 0, 2, 4)) for chunk in range(5)]
     for rows in chunks:
         store.prefetch(rows, own=False)
         assert torch.equal(store.join(rows, x[:, rows.begin : rows.end]), x[:, rows.first : rows.end])
