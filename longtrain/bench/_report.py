@@ -18,8 +18,15 @@ from pydantic import BeforeValidator
 
 from longtrain.core.errors import Refused
 
-OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
-"""Of an option that takes a list, or one value."""
+
+def _one_or_more(value: Any) -> Any:
+    if value is None:
+        return None
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+OneOrMore = BeforeValidator(_one_or_more)
+"""Of an option that takes a list, or one value; null is left to the type."""
 
 
 @dataclass(frozen=True)
