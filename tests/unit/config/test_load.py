@@ -31,8 +31,8 @@ def refusal(overrides: list[str]) -> str:
 
 
 def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
-    config = load([*toys, "context_length=1M", "data.path=books"])
-    assert config.context_length == 2**20
+    config = load([*toys, "context_length=1M", "stream.logit_tokens=2k", "data.path=books"])
+    assert (config.context_length, config.stream.logit_tokens) == (2**20, 2048)
     assert config.mixer.options["toy"].window == 2048
     assert config.mixer.options["toy"].num_heads == 8
     assert config.mixer.options["other"].scale == 1.0
