@@ -45,7 +45,7 @@ class TrainingConfig:
     batch_size: Annotated[int, Field(ge=1)]
     """Sequences of one step, over all ranks."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None
-    """Sequences that a group of ranks computes at once; gradients of a step are summed over several. Null: all."""
+    """Sequences that a group of ranks computes at once, at most; gradients are summed over a step. Null: all."""
     model: ModelConfig
     mixer: Annotated[MixerConfig, components("mixers", MixerConfig)]
     sequence_parallel: SequenceParallelConfig
