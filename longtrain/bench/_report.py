@@ -17,6 +17,7 @@ import torch
 from pydantic import BeforeValidator
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 
 
 def _one_or_more(value: Any) -> Any:
@@ -33,7 +34,7 @@ OneOrMore = BeforeValidator(_one_or_more)
 class Options:
     """What every benchmark's `Config` starts with."""
 
-    out: Path | None = None
+    out: GivenPath | None = None
     """JSON file for the results; None: the screen only."""
 
 

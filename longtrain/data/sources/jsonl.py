@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 from longtrain.data.config import SourceConfig
 from longtrain.data.records import Record, json_records, listed, valid_text
 from longtrain.data.source import Document, InputFile, find_files
@@ -18,7 +18,7 @@ class Config(SourceConfig):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Path | None
+    path: GivenPath | None
     """A file, or a folder whose `*.jsonl` files are read."""
     text_field: str
     """The key that holds the document."""

@@ -11,12 +11,12 @@ text.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 from longtrain.data.config import SourceConfig
 from longtrain.data.records import Record, find_records, read_records, shown
 from longtrain.data.source import Completion, Example, InputFile
@@ -34,7 +34,7 @@ class Config(SourceConfig):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Path | None
+    path: GivenPath | None
     """A file, or a folder whose `*.jsonl` and `*.parquet` files are read."""
 
 

@@ -67,6 +67,7 @@ def test_options_are_typed() -> None:
         ),
         (["kernels", "dtype=bfloat"], "dtype=bfloat: must be"),
         (["kernels", "repeats=0"], "repeats=0: must be greater than or equal to 1"),
+        (["kernels", "out="], "out=: is empty, which would be the current folder"),
         (["kernels", "out=/nowhere/kernels.json", *TINY], "out=/nowhere/kernels.json: cannot be written"),
     ],
 )
