@@ -104,7 +104,7 @@ def _build(
         with _writing(folder):
             building.mkdir()
             writer = StoreWriter(building, tokenizer)
-            examples = ExamplesWriter(building, tokenizer, writer)
+            examples = ExamplesWriter(building, tokenizer, writer, getattr(source, "FIELDS", None))
         with contextlib.closing(writer), contextlib.closing(examples):
             if hasattr(source, "examples"):
                 for some in _batches(source.examples(config), _characters):

@@ -196,7 +196,11 @@ def test_packing_is_into_the_first_of_the_last_sequences_with_room(lengths, seed
         ("preference", PAIR | {"reference_chosen": -1.0}, ["no field 'reference_rejected'"]),
         ("preference", PAIR | REFERENCES | {"reference_chosen": 0.5}, ["'reference_chosen' is 0.5, ", "at most 0"]),
         ("preference", PAIR | REFERENCES | {"reference_chosen": float("nan")}, ["'reference_chosen'", "at most 0"]),
-        ("preference", PAIR | REFERENCES, ["has the values side, reference_log_probs", "earlier rows have side;"]),
+        (
+            "preference",
+            PAIR | REFERENCES,
+            ["has the values side, reference_chosen and reference_rejected, but earlier rows have side;"],
+        ),
         ("preference", PAIR | REFERENCES | {"reference_chosen": -1e300}, ["'reference_chosen'", "float32"]),
         ("rollouts", SAMPLED, ["no field 'advantage', only prompt, completion, group, reward;"]),
         ("rollouts", ROLLOUT | {"advantage": 1e39}, ["'advantage'", "no finite number of float32"]),
@@ -280,7 +284,8 @@ def test_files_without_rows_are_refused(corpus_of, source):
 
 def test_an_unknown_total_is_refused(corpus_of):
     with pytest.raises(
-        Refused, match=r"rows\.jsonl:1: -9999 in 'reference_log_probs' is no log-probability of 5 tokens"
+        Refused,
+        match=r"rows\.jsonl:1: -9999 in reference_chosen and reference_rejected is no log-probability of 5 tokens",
     ):
         corpus_of("preference", [PAIR | REFERENCES | {"reference_chosen": -9999.0}], 64)
 
