@@ -210,11 +210,16 @@ def _prepare(arguments: argparse.Namespace) -> int:
 
     job = resolve(arguments.overrides)
     from longtrain.data.prepare import prepare
+    from longtrain.training.objective import check_data
 
     def progress(documents: int, tokens: int) -> None:
         print(f"{documents} documents, {tokens} tokens", file=sys.stderr)
 
     print(prepare(job.config.data, job.registry, progress))
+    try:
+        check_data(job.config, job.registry)
+    except Refused as refusal:  # the store may be for other settings
+        print(f"longtrain: prepared, but `longtrain train` would refuse these settings: {refusal}", file=sys.stderr)
     return 0
 
 

@@ -17,16 +17,24 @@ import torch
 from pydantic import BeforeValidator
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 
-OneOrMore = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else (value,))
-"""Of an option that takes a list, or one value."""
+
+def _one_or_more(value: Any) -> Any:
+    if value is None:
+        return None
+    return tuple(value) if isinstance(value, list) else (value,)
+
+
+OneOrMore = BeforeValidator(_one_or_more)
+"""Of an option that takes a list, or one value; null is left to the type."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What every benchmark's `Config` starts with."""
 
-    out: Path | None = None
+    out: GivenPath | None = None
     """JSON file for the results; None: the screen only."""
 
 

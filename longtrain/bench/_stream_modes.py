@@ -57,12 +57,13 @@ def parse_mode(name: str) -> Mode:
     base = name.removesuffix(_OFFLOADED)
     block = _BLOCK.fullmatch(base)
     mode = Mode(base, int(block[1]), chunked=True, whole_logits=False) if block else MODES.get(base)
-    if mode is None:
-        raise ValueError(f"there is no mode '{name}'{did_you_mean(base, list(MODES))}")
+    if mode is None:  # stream.block_layers=0 has a name of its own
+        near = f"; did you mean '{CHECKPOINTING.name}'?" if base == "block0" else did_you_mean(base, list(MODES))
+        raise ValueError(f"there is no mode '{name}'{near}")
     if name == base:
         return mode
     if mode is PLAIN:
         raise ValueError(
-            f"there is no mode '{name}': nothing waits in {PLAIN.name}; use another, or leave {_OFFLOADED}"
+            f"there is no mode '{name}': nothing waits in {PLAIN.name}; drop {_OFFLOADED}, or use another mode"
         )
     return Mode(name, mode.block_layers, mode.chunked, mode.whole_logits, "host")

@@ -11,7 +11,7 @@ The modes are settings of `stream.*`:
 - `checkpointing`: inputs of layers are kept, each layer is computed again, with the logits of all tokens;
   `checkpointing-streamed-head`: without these.
 - `block1`, `block4` or any other number, `recurrent`, `all`: that for `stream.block_layers`, in chunks of time.
-- `-offload` behind any but `plain`: what waits for the backward pass is in the host's memory.
+- `-offload` behind any but `plain`, on a GPU: what waits for the backward pass is in the host's memory.
 
 Beside them `streambp`, where it is installed, computes the same weights' gradients (`_stream_peers`); it is compared
 like a mode, and what is wrong with it is told without failing the benchmark.
@@ -46,14 +46,14 @@ from longtrain.bench._ranks import Entry, check_gpus, known_algorithms, launch, 
 from longtrain.bench._report import OneOrMore, Options, Report, installed, pick_device
 from longtrain.bench._stream_gate import Verdict
 from longtrain.bench._stream_measure import events, main
-from longtrain.bench._stream_modes import MODES, PLAIN, parse_mode
+from longtrain.bench._stream_modes import MODES, PLAIN, Mode, parse_mode
 from longtrain.bench._stream_peers import STREAMBP, missing
 from longtrain.bench._stream_plan import Plan, Sizes
 from longtrain.bench._stream_rows import Rows
 from longtrain.bench._stream_step import Precision
 from longtrain.bench._stream_table import Table
 from longtrain.bench._world import World
-from longtrain.cluster.resolve import resolve
+from longtrain.cluster.resolve import ResolvedJob, resolve
 from longtrain.config.compose import options_of
 from longtrain.core.errors import Refused
 from longtrain.core.kinds import LayoutKind
@@ -68,7 +68,11 @@ def _modes(value: Any) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     if not names:
         raise ValueError("the list of modes is empty; leave the option out for the usual ones")
-    return tuple(parse_mode(str(name)).name for name in names)
+    modes = tuple(parse_mode(str(name)).name for name in names)
+    twice = next((mode for mode in modes if modes.count(mode) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is listed twice; list it once")
+    return modes
 
 
 @dataclass(frozen=True)
@@ -78,17 +82,18 @@ class Config(Options):
     model: str | None = None
     """One of `conf/model/`. None: `llama_1b` on a GPU, `hybrid_tiny` on a CPU."""
     tokens: Annotated[tuple[TokenCount, ...] | None, Field(min_length=1), OneOrMore] = None
-    """Lengths of the sequence, over all its ranks. None: powers of two, from 8k to 128k for each GPU."""
+    """Lengths of the sequence, over all its ranks; 2 at least: the last token has no label. None: powers of two, from
+    8k to 128k for each GPU."""
     document_tokens: TokenCount | None = None
     """Of each document, where several are packed in the sequence. None: it is one document."""
     modes: Annotated[tuple[str, ...], PlainValidator(_modes)] = tuple(MODES)
-    """In this order; a block may have any number of layers, and all but `plain` may offload."""
+    """In this order; a block may have any number of the model's layers, and all but `plain` may offload from a GPU."""
     chunk_tokens: TokenCount | None = None
     """Of a chunk of time, over all ranks. None: 16k for each GPU."""
     logit_tokens: TokenCount = 4096
     """Of a rank, whose logits exist at once, where the head is streamed."""
-    vocabulary: TokenCount | None = None
-    """None: 128k on a GPU, 1k on a CPU."""
+    vocabulary: Annotated[TokenCount, Field(ge=2)] | None = None
+    """At least 2. None: 128k on a GPU, 1k on a CPU."""
     precision: Precision | None = None
     """bfloat16: activations, by autocast, over float32 parameters, as in training; bfloat16-parameters: these too, with
     gradients summed in float32. None: bfloat16 on a GPU, float32 on a CPU."""
@@ -150,11 +155,15 @@ def make_plan(config: Config) -> Plan:
     """The configuration with the device's sizes. Raises Refused."""
     device, modes = pick_device(config.device).type, tuple(parse_mode(name) for name in config.modes)
     gate_mode = parse_mode(config.gate_mode)
-    for option, asked in (("modes", modes), ("gate_mode", (gate_mode,))):
-        if device == "cpu" and any(mode.offload == "host" for mode in asked):
-            raise Refused(f"{option}: on a CPU everything is in the host's memory; leave -offload out")
     check_gpus(device, config.ranks)
     sizes, registry = choose_sizes(config, device), Registry()
+    job, gate_tokens = resolve([f"model={sizes.model}"]), config.gate_tokens or min(sizes.tokens[0], GATE_TOKENS)
+    for option, mode in (*(("modes", mode) for mode in modes), ("gate_mode", gate_mode)):
+        _check_mode(option, mode, device, job)
+    # One rank is measured with its share of the tokens.
+    for option, length, least in (("tokens", sizes.tokens[0], config.ranks + 1), ("gate_tokens", gate_tokens, 2)):
+        if length < least:
+            raise Refused(f"{option}={length}: a sequence needs 2 tokens, as does a rank's share; use {least} or more")
     [scan], [attend] = (
         known_algorithms(verb, (name,), registry) for verb, name in (("scan", config.scan), ("attend", config.attend))
     )
@@ -162,12 +171,12 @@ def make_plan(config: Config) -> Plan:
         ranks=config.ranks,
         device=device,
         threads=threads_of_a_rank(config.ranks),
-        job=resolve([f"model={sizes.model}"]),
+        job=job,
         sizes=sizes,
         logit_tokens=config.logit_tokens,
         modes=modes,
         gate_mode=gate_mode,
-        gate_tokens=config.gate_tokens or min(sizes.tokens[0], GATE_TOKENS),
+        gate_tokens=gate_tokens,
         scan=scan,
         attend=attend,
         peers=config.peers,
@@ -177,6 +186,16 @@ def make_plan(config: Config) -> Plan:
         seconds=config.seconds,
         seed=config.seed,
     )
+
+
+def _check_mode(option: str, mode: Mode, device: str, job: ResolvedJob) -> None:
+    """Raises Refused where the device or the model does not have it."""
+    if device == "cpu" and mode.offload == "host":
+        raise Refused(f"{option}={mode.name}: device=cpu has all in the host's memory; drop -offload, or use a GPU")
+    size, layers = mode.block_layers, job.config.model.num_layers
+    usual = {mode.block_layers for mode in MODES.values()}  # of any model
+    if isinstance(size, int) and size > layers and size not in usual:
+        raise Refused(f"{option}={mode.name}: the model has {layers} layers; use all, or fewer in a block")
 
 
 def choose_sizes(config: Config, device: str) -> Sizes:

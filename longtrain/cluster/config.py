@@ -72,6 +72,11 @@ def check_job(config: JobConfig, registry: Registry) -> None:
             f"batch_size={config.batch_size} is not a multiple of {replicas} data-parallel ranks "
             f"(cluster.workers={workers} / sequence_parallel.size={size}); use {near}"
         )
+    if config.micro_batch_size is not None and config.micro_batch_size > config.batch_size:
+        raise Refused(
+            f"micro_batch_size={config.micro_batch_size} is more than the batch_size={config.batch_size} sequences of "
+            f"a step; use {config.batch_size} or fewer, or null for all"
+        )
     _check_words(config)
     check_objective(config, registry)
     names = parse_pattern(config.model.pattern)

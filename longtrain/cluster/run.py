@@ -20,11 +20,11 @@ from longtrain.comm.journal import Journal
 from longtrain.config.load import load_config
 from longtrain.core.errors import Preempted, Refused
 from longtrain.core.registry import Registry
-from longtrain.data.prepare import open_corpus, prepare
+from longtrain.data.prepare import prepare
 from longtrain.telemetry.events import Event
 from longtrain.telemetry.progress import Progress
 from longtrain.telemetry.tracker import Tracker
-from longtrain.training.objective import check_columns, make_objective
+from longtrain.training.objective import check_data, make_objective
 from longtrain.training.weights import check_weights
 
 _TARGET = "longtrain.cluster.target:train"
@@ -52,8 +52,7 @@ def run_job(tree: dict[str, Any], plugins: tuple[Path, ...], *, target: str = _T
     if config.initial_weights is not None and not checkpoints_in(directory / "checkpoints"):
         check_weights(config.initial_weights, "initial_weights", config)
     prepare(config.data, registry, _say_progress())
-    corpus = open_corpus(config.data, registry, config.seed, config.context_length)
-    check_columns(config, objective, corpus.columns, registry)
+    check_data(config, registry)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -44,7 +44,11 @@ def load_config(cls: type[T], tree: Mapping[str, Any], registry: Registry) -> T:
 
 def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
     """The most telling problem: an unknown key explains a missing one, and is named first."""
-    details = sorted(error.errors(include_url=False), key=lambda d: (d["type"] not in _UNKNOWN, d["type"] == "missing"))
+    found = error.errors(include_url=False)
+    # A refused item is not counted, so that a list of it looks too short.
+    parents = {d["loc"][:-1] for d in found}
+    found = [d for d in found if d["type"] != "too_short" or d["loc"] not in parents]
+    details = sorted(found, key=lambda d: (d["type"] not in _UNKNOWN, d["type"] == "missing"))
     more = len(details) - 1
     suffix = "" if more == 0 else f" (and {more} more problem{'s' if more > 1 else ''})"
     return _spell_problem(details[0], details, tree) + suffix
@@ -52,7 +56,7 @@ def _describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
 
 def _spell_problem(detail: ErrorDetails, details: Sequence[ErrorDetails], tree: Mapping[str, Any]) -> str:
     """One validation error as `key=value: constraint; remedy`."""
-    location = detail["loc"]
+    location = _in_tree(detail["loc"], tree)
     key = spell(".".join(map(str, location))) or "configuration"
     kind = detail["type"]
     if kind == "missing" and isinstance(location[-1], int):
@@ -62,11 +66,23 @@ def _spell_problem(detail: ErrorDetails, details: Sequence[ErrorDetails], tree: 
         return f"{key} is missing; add it with +{key}=VALUE"
     if kind in _UNKNOWN:
         return f"{key}: unknown key{did_you_mean(str(location[-1]), _siblings(location, details, tree))}"
+    if kind == "too_short":
+        return f"{key}={spell(detail['input'])}: has too few items; give {detail['ctx']['min_length']} or more"
     value = detail["input"]
     shown = key if isinstance(value, dict) else f"{key}={spell(value)}"
     constraint = _constraint(detail)
     remedy = _remedy(detail, key)
     return f"{shown}: {constraint}{remedy}"
+
+
+def _in_tree(location: Sequence[Any], tree: Mapping[str, Any]) -> Sequence[Any]:
+    """Without the number of an item that stands for a list of its own."""
+    if not location or not isinstance(location[-1], int):
+        return location
+    node: Any = tree
+    for part in location[:-1]:
+        node = node[part]
+    return location if isinstance(node, list) else location[:-1]
 
 
 def _siblings(location: Sequence[Any], details: Sequence[ErrorDetails], tree: Mapping[str, Any]) -> list[str]:

@@ -1,9 +1,10 @@
 """What every data source has in common."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ConfigDict
+
+from longtrain.core.paths import GivenPath
 
 
 @dataclass(frozen=True)
@@ -18,5 +19,5 @@ class SourceConfig:
     """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
     end_of_document: str | None
     """The token that ends every document; null finds it among the tokenizer's special tokens."""
-    store: Path | None
+    store: GivenPath | None
     """Folder of the prepared token store; null is a folder of the user's cache named after source and fingerprint."""

@@ -130,8 +130,11 @@ class _TokenValues:
 class ExamplesWriter:
     """Adds examples to a store that is being written."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, documents: StoreWriter) -> None:
-        self._folder, self._tokenizer, self._documents = folder, tokenizer, documents
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, documents: StoreWriter, fields: Mapping[str, str] | None = None
+    ) -> None:
+        """`fields` has what a value is called in the rows, where that is not its name."""
+        self._folder, self._tokenizer, self._documents, self._fields = folder, tokenizer, documents, fields or {}
         self._file: ArrowFile | None = None
         self._lists: ArrowFile | None = None
         self._columns: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
@@ -185,8 +188,8 @@ class ExamplesWriter:
             values[name] = total / predicted
             if values[name] <= LEAST_LOG_PROB:
                 raise Refused(
-                    f"{example.place}: {total:g} in '{name}' is no log-probability of {predicted} tokens, "
-                    f"which is above {LEAST_LOG_PROB:g} for each; mend the row or remove it"
+                    f"{example.place}: {total:g} in {self._fields.get(name, name)} is no log-probability of "
+                    f"{predicted} tokens, which is above {LEAST_LOG_PROB:g} for each; mend the row or remove it"
                 )
         columns = tuple(values), tuple(completion.token_values)
         if self._file is None:
@@ -196,7 +199,10 @@ class ExamplesWriter:
             if columns[1]:
                 self._lists = ArrowFile(self._folder / TOKEN_VALUES, token_values_schema(columns[1]))
         if columns != self._columns:
-            has, first = (", ".join(sum(names, ())) or "none" for names in (columns, self._columns))
+            has, first = (
+                ", ".join(self._fields.get(name, name) for name in sum(names, ())) or "none"
+                for names in (columns, self._columns)
+            )
             raise Refused(
                 f"{example.place}: has the values {has}, but earlier rows have {first}; give all rows the same"
             )

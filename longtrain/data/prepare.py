@@ -104,7 +104,7 @@ def _build(
         with _writing(folder):
             building.mkdir()
             writer = StoreWriter(building, tokenizer)
-            examples = ExamplesWriter(building, tokenizer, writer)
+            examples = ExamplesWriter(building, tokenizer, writer, getattr(source, "FIELDS", None))
         with contextlib.closing(writer), contextlib.closing(examples):
             if hasattr(source, "examples"):
                 for some in _batches(source.examples(config), _characters):
@@ -124,7 +124,9 @@ def _build(
                     if hasattr(source, "examples")
                     else "every document is empty; give text"
                 )
-                raise Refused(f"data={config.name}: {empty} with at least one token")
+                path = getattr(config, "path", None)
+                where = f"data={config.name}" if path is None else f"data.path={path}"
+                raise Refused(f"{where}: {empty} with at least one token")
             if _recipe(config, tokenizer, source.inputs(config)) != recipe:
                 raise Refused("the input files changed while they were read; run `longtrain prepare` again")
             with _writing(folder):

@@ -42,7 +42,7 @@ class Record:
             return valid_text(value, name, self.place)
         if isinstance(value, list) and all(type(item) is int for item in value):
             return value
-        self._refuse(name, "neither text nor a list of token ids")
+        self._refuse(name, "neither text nor a list of token ids", lambda item: type(item) is int)
 
     def number(self, name: str) -> float:
         """A number that float32 holds."""
@@ -61,12 +61,10 @@ class Record:
     def log_probs(self, name: str) -> list[float]:
         """A list of numbers above LEAST_LOG_PROB, at most 0."""
         value = self._get(name)
-        # NaN compares false.
-        if not isinstance(value, list) or not all(
-            type(item) in (int, float) and LEAST_LOG_PROB < item <= 0 for item in value
-        ):
+        if not isinstance(value, list) or not all(map(_is_log_prob, value)):
             bounds = f"at most 0 and above {LEAST_LOG_PROB:g}"
-            self._refuse(name, f"no list of log-probabilities, numbers {bounds}, as those of all sampled tokens are")
+            problem = f"no list of log-probabilities, numbers {bounds}, as those of all sampled tokens are"
+            self._refuse(name, problem, _is_log_prob)
         return [float(item) for item in value]
 
     def key(self, name: str) -> str | int:
@@ -76,18 +74,23 @@ class Record:
             self._refuse(name, "neither text nor a whole number")
         return value
 
-    def refuse_missing(self, name: str, remedy: str = "add it or remove the row") -> NoReturn:
-        """Raise Refused for a field without a value, with the fields that have one."""
+    def refuse_missing(self, name: str, remedy: str | None = None) -> NoReturn:
+        """Raise Refused for a field without a value; for one that is not there, with the fields that have one."""
+        if name in self.values:
+            raise Refused(f"{self.place}: field '{name}' is null; {remedy or 'give it a value or remove the row'}")
         known = listed([*filter(self.has, self.values), *self.unread])
-        raise Refused(f"{self.place}: no field '{name}', only {known}; {remedy}")
+        raise Refused(f"{self.place}: no field '{name}', only {known}; {remedy or 'add it or remove the row'}")
 
     def _get(self, name: str) -> Any:
         if not self.has(name):
             self.refuse_missing(name)
         return self.values[name]
 
-    def _refuse(self, name: str, problem: str) -> NoReturn:
-        raise Refused(f"{self.place}: field '{name}' is {problem}; mend the row or remove it")
+    def _refuse(self, name: str, problem: str, item_is_good: Callable[[Any], bool] | None = None) -> NoReturn:
+        value, verb = self.values[name], "is"
+        if isinstance(value, list) and item_is_good is not None:
+            value, verb = next(item for item in value if not item_is_good(item)), "holds"
+        raise Refused(f"{self.place}: field '{name}' {verb} {as_json(value)}, {problem}; mend the row or remove it")
 
 
 def find_records(path: Path | None) -> list[InputFile]:
@@ -164,6 +167,11 @@ def shown(value: str | int) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def as_json(value: Any) -> str:
+    """For messages: the beginning of a field's value."""
+    return shown(json.dumps(value, ensure_ascii=False, default=str))
+
+
 def listed(names: Iterable[str]) -> str:
     """For messages: the first of the fields of a row or a file."""
     return ", ".join(map(shown, islice(names, 8))) or "nothing"
@@ -188,6 +196,10 @@ def _object(line: str, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Refused(f"{place}: not a JSON object; each line must be one")
     return value
+
+
+def _is_log_prob(value: Any) -> bool:
+    return type(value) in (int, float) and LEAST_LOG_PROB < value <= 0  # NaN compares false
 
 
 def _is_number(value: Any) -> bool:

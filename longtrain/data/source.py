@@ -10,7 +10,8 @@ A source of examples, for objectives that ask for more than the next token, defi
 
 * `examples(config) -> Iterator[Example]`, and
 * `COLUMNS`, `OPTIONAL_COLUMNS`: names of values that every example has, and that may be left out of all of them. An
-  objective that does not read `COLUMNS` is refused: it would learn from what is there to be avoided.
+  objective that does not read `COLUMNS` is refused: it would learn from what is there to be avoided;
+* `FIELDS`, a mapping, where rows call a value otherwise: what messages call it.
 
 All of them raise Refused, in one line that names the file, for input that cannot be used.
 """

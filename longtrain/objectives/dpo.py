@@ -5,7 +5,6 @@ model, less the same of the rejected one: a function of sums over tokens.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from longtrain.core import contracts
+from longtrain.core.paths import GivenPath
 from longtrain.core.targets import Targets
 from longtrain.objectives._examples import per_example
 
@@ -28,7 +28,7 @@ class Config:
     name: str
     beta: Annotated[float, Field(gt=0)]
     """How dearly departing from the reference model is bought."""
-    reference: Path | None
+    reference: GivenPath | None
     """The checkpoint of the reference model; null: the data have its log-probabilities."""
 
 

@@ -6,7 +6,6 @@ reference model (Schulman 2020). Tokens are averaged over their completion, comp
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from longtrain.core import contracts
+from longtrain.core.paths import GivenPath
 from longtrain.core.targets import Targets
 
 MOST_LOG_RATIO = 20.0
@@ -32,7 +32,7 @@ class Config:
     """How far a token's ratio to the policy that sampled it may go before it has no gradient."""
     kl_coefficient: Annotated[float, Field(ge=0)]
     """Of the divergence from the reference model; 0 needs no reference."""
-    reference: Path | None
+    reference: GivenPath | None
     """The checkpoint of the reference model; null: the data have its log-probabilities, where they are needed."""
     on_policy: bool
     """Whether the weights being trained sampled the rollouts: ratios are 1, and data need not say what they were. True

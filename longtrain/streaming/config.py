@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, PlainValidator
+from pydantic import ConfigDict, PlainValidator
 
 from longtrain.core.units import TokenCount
 
@@ -26,7 +26,7 @@ class StreamConfig:
     nothing is kept but what crosses chunks. 0: gradient checkpointing, which is 1 for whole sequences."""
     chunk_tokens: TokenCount | None
     """Tokens of a sequence, over all its ranks, that a block computes at a time; None: all."""
-    logit_tokens: Annotated[int, Field(ge=1)]
+    logit_tokens: TokenCount
     """Tokens of a rank whose logits exist at once."""
     offload: Literal["none", "host"]
     """Where the inputs of blocks, carries, keys and values with the sums of their gradients wait to be used."""

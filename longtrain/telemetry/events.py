@@ -29,7 +29,7 @@ class Started:
     """Settings that `auto` chose, and why: a line each."""
     loss_unit: str = "nats/token"
     initial_weights: str | None = None
-    """Folder of the checkpoint whose weights it took, at step 0."""
+    """Folder of the checkpoint whose weights a run takes at step 0; one that resumes does not read it."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,9 @@ class Progress:
         for choice in event.choices:
             self._print(choice)
         origin = f"resumed from {event.resumed_from}" if event.resumed_from else "from the start"
-        if event.initial_weights:
+        if event.initial_weights and event.resumed_from:
+            origin += f" (initial_weights={event.initial_weights} is for a new run.name, and not read here)"
+        elif event.initial_weights:
             origin = f"with the weights of {event.initial_weights}"
         self._print(f"{origin}: step {event.step} of {event.total_steps} is done")
         if self._console.is_terminal and self._live is None:

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from longtrain.checkpoint.config import CheckpointConfig
 from longtrain.core.component import component, components
+from longtrain.core.paths import GivenPath
 from longtrain.core.units import TokenCount
 from longtrain.data.config import SourceConfig
 from longtrain.engine.config import EngineConfig, OptimizerConfig
@@ -25,7 +26,7 @@ class RunConfig:
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None
     """Null: derived from the settings, so that the same command is the same run (`longtrain.config.identity`)."""
-    dir: Path
+    dir: GivenPath
 
 
 RESUME_WORDS = ("auto", "never", "required")
@@ -45,7 +46,7 @@ class TrainingConfig:
     batch_size: Annotated[int, Field(ge=1)]
     """Sequences of one step, over all ranks."""
     micro_batch_size: Annotated[int, Field(ge=1)] | None
-    """Sequences that a group of ranks computes at once; gradients of a step are summed over several. Null: all."""
+    """Sequences that a group of ranks computes at once, at most; gradients are summed over a step. Null: all."""
     model: ModelConfig
     mixer: Annotated[MixerConfig, components("mixers", MixerConfig)]
     sequence_parallel: SequenceParallelConfig
@@ -58,7 +59,7 @@ class TrainingConfig:
     resume: str
     """`auto`: go on from the newest usable checkpoint of the run directory, or start; `never`: refuse if there is one;
     `required`: refuse if there is none; a path with a slash: start from that checkpoint where the run has none yet."""
-    initial_weights: Path | None
+    initial_weights: GivenPath | None
     """A checkpoint of the same model, of any run: a new run starts from its weights, at step 0. Null: random ones."""
     telemetry: TelemetryConfig
     plugins: tuple[Path, ...]

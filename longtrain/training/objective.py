@@ -57,6 +57,15 @@ def check_columns(config: TrainingConfig, objective: "Objective", columns: Seque
         )
 
 
+def check_data(config: TrainingConfig, registry: Registry) -> None:
+    """Raises Refused where the prepared data cannot be trained on: an example is longer than the context, or lacks
+    what the objective needs."""
+    from longtrain.data.prepare import open_corpus  # it loads PyArrow, for which a mistyped key does not wait
+
+    corpus = open_corpus(config.data, registry, config.seed, config.context_length)
+    check_columns(config, make_objective(config, registry), corpus.columns, registry)
+
+
 def _columns(source: str, registry: Registry) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Those that a source always has, and those that its files may have; none where it gives plain documents."""
     module = registry.load("data.sources", source)

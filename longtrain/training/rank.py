@@ -129,7 +129,7 @@ def _started(
         sequence_parallel_size=mesh.sequence.size,
         parameters=sum(p.numel() for p in model.parameters()),
         resumed_from=start.path,
-        initial_weights=None if start.path or not config.initial_weights else str(config.initial_weights),
+        initial_weights=None if config.initial_weights is None else str(config.initial_weights),
         unigram_entropy=corpus.unigram_entropy if objective.unit == "nats/token" else None,
         run_directory=str(make_run_directory(config)),
         backend=backend.value,

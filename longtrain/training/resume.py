@@ -91,7 +91,7 @@ def resume(
             records.rewind(0, [])
         return Start(step=0, tokens=0, attempt=0, path=None)
     warnings = [*found.skipped, *_other_objective(found, wanted), *_other_choices(found, wanted["automatic"])]
-    _load(found, store, engine, wanted["identity"])
+    _load(found, store, engine, wanted)
     if records is not None:
         for line in found.skipped:
             records.incident("checkpoint", line)
@@ -105,12 +105,16 @@ def resume(
     return Start(step=found.step, tokens=found.metadata["tokens"], attempt=attempt, path=str(found.path))
 
 
-def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted: dict[str, Any]) -> None:
-    for key, trained, asked in differences(found.metadata["identity"], wanted):
-        if key == "data":
-            raise Refused(
-                f"{found.path} was trained on other data; use the data it was trained on, or another run.name"
-            )
+def _load(found: Found, store: CheckpointStore, engine: ReplicatedEngine, wanted: Mapping[str, Any]) -> None:
+    different = differences(found.metadata["identity"], wanted["identity"])
+    if any(key == "data" for key, *_ in different):
+        before, now = (told.get("objective", {}).get("name") for told in (found.metadata, wanted))
+        objective = "" if before in (None, now) else f" with objective={before}, not {now}"
+        raise Refused(
+            f"{found.path} was trained on other data{objective}; use that data, or another run.name, which "
+            f"initial_weights={found.path} would start from its weights"
+        )
+    for key, trained, asked in different:
         raise Refused(f"{key}={asked}, but {found.path} was trained with {trained}; use that, or another run.name")
     try:
         engine.load_state(store.load(found.path))

@@ -14,7 +14,7 @@ from longtrain.core.registry import Registry
 from longtrain.data.prepare import prepare
 from longtrain.data.sources import preference, rollouts
 from longtrain.objectives import dpo, grpo
-from longtrain.telemetry.events import StepDone, Warned
+from longtrain.telemetry.events import Started, StepDone, Warned
 from longtrain.training.config import TrainingConfig
 from tests.harness.ranks import RankPool
 from tests.harness.training import losses, tiny_config, train_rank, with_ranks
@@ -69,6 +69,12 @@ def test_preferences_are_learnt_on_any_number_of_ranks(tmp_path: Path, rank_pool
 
 def test_a_run_on_examples_goes_on_to_the_bit_and_with_its_context_alone(tmp_path: Path) -> None:
     config = preferences(tmp_path)
+    text = tiny_config(tmp_path, steps=1, run=replace(config.run, name="text"))
+    train_rank(text)
+    with pytest.raises(
+        Refused, match=r"other data with objective=next_token, not dpo; .* initial_weights=\S*step-0+1 "
+    ):
+        train_rank(replace(config, run=text.run))
     want = losses(train_rank(replace(config, run=replace(config.run, name="straight"))))
     first = losses(train_rank(config, 2))
     with pytest.raises(Refused, match=r"context_length=256, but .* was trained with 128"):
@@ -123,7 +129,10 @@ def test_the_weights_of_a_run_on_text_learn_preferences(tmp_path: Path, rank_poo
     assert want[-1] < want[0] - 0.03
     first = losses(rank_pool(2).run(train_rank, with_ranks(frozen, 2), 2)[0])
     away = replace(with_ranks(frozen, 2), initial_weights=tmp_path / "nowhere")  # no longer looked at
-    assert first + losses(rank_pool(2).run(train_rank, away)[0]) == pytest.approx(want, rel=1e-5)
+    events = rank_pool(2).run(train_rank, away)[0]
+    assert first + losses(events) == pytest.approx(want, rel=1e-5)
+    [started] = [event for event in events if isinstance(event, Started)]
+    assert started.resumed_from and started.initial_weights == str(away.initial_weights)
     other = replace(config.model, norm_epsilon=1e-5)
     with pytest.raises(Refused, match=r"initial_weights=.* was trained with model\.norm_epsilon=1e-06, not 1e-05"):
         train_rank(replace(config, model=other, run=replace(config.run, name="other")))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from longtrain.cli import main
 from tests.e2e.conftest import ALONE, Command, Refusal
 from tests.harness.cli import SMALL, run
 
@@ -57,12 +58,33 @@ def test_objectives_and_data_that_do_not_go_together(
     assert list(tmp_path.iterdir()) == [], "nothing was started"
 
 
-def test_pairs_without_a_reference_are_refused_before_a_worker_starts(tmp_path: Path, refused: Refusal) -> None:
-    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    line = refused("train", "objective=dpo", "data=preference", "data.path=pairs.jsonl")
-    assert "needs reference_chosen and reference_rejected, which the rows of data=preference do not give" in line
-    assert "or set objective.reference to the folder of a checkpoint" in line
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (
+            "b",
+            [
+                "needs reference_chosen and reference_rejected, which the rows of data=preference do not give",
+                "or set objective.reference to the folder of a checkpoint",
+            ],
+        ),
+        (
+            "b" * 3000,
+            ["context_length=2048: example pairs.jsonl:1 has 3005 tokens, and none is cut; set context_length"],
+        ),
+    ],
+)
+def test_what_training_refuses_of_examples_is_refused_before_a_worker_starts_and_said_when_they_are_prepared(
+    tmp_path: Path, refused: Refusal, capsys: pytest.CaptureFixture[str], chosen: str, words: list[str]
+) -> None:
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "chosen": chosen, "rejected": "c"}))
+    settings = ("objective=dpo", "data=preference", "data.path=pairs.jsonl")
+    line = refused("train", *settings)
+    assert all(word in line for word in words), line
     assert not (tmp_path / "runs").exists()
+    assert main(["prepare", *settings]) == 0
+    said = capsys.readouterr().err
+    assert line.removeprefix("longtrain: ") in said and "prepared, but `longtrain train` would refuse" in said
 
 
 def test_weights_are_looked_at_before_a_worker_starts_and_only_then(

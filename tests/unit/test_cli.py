@@ -69,6 +69,7 @@ def test_config_prints_values_and_origins(capsys: Any) -> None:
 
 def test_prepare_passes_the_data_section(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     prepare = Recorder(monkeypatch, "longtrain.data.prepare", "prepare", Path("store"))
+    monkeypatch.setattr("longtrain.training.objective.check_data", lambda config, registry: None)
     assert main(["prepare", *TOYS]) == 0
     [(config, registry, progress)] = prepare.calls
     assert config.name == "toy_text"

@@ -9,6 +9,7 @@ import pyarrow as pa
 from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 from longtrain.data.config import SourceConfig
 from longtrain.data.records import listed, parquet_records
 from longtrain.data.source import Document, InputFile, find_files
@@ -20,7 +21,7 @@ class Config(SourceConfig):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Path | None
+    path: GivenPath | None
     """A file, or a folder whose `*.parquet` files are read."""
     text_field: str
     """The column that holds the document."""

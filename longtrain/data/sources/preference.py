@@ -7,10 +7,10 @@ model, with that of the end of document where a completion is text.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import ConfigDict
 
+from longtrain.core.paths import GivenPath
 from longtrain.data.config import SourceConfig
 from longtrain.data.records import Record, find_records, read_records
 from longtrain.data.source import Completion, Example, InputFile
@@ -28,7 +28,7 @@ class Config(SourceConfig):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Path | None
+    path: GivenPath | None
     """A file, or a folder whose `*.jsonl` and `*.parquet` files are read."""
 
 

@@ -1,7 +1,7 @@
 """Completions that a policy sampled, with what they were worth: JSON Lines or Parquet files, a completion a row.
 
-Fields: `prompt` and `completion`, each text or a list of token ids; `advantage`, or `reward` and `group` (text or a
-whole number, the same for all completions of a prompt in a file): an advantage is then (reward - mean) / standard
+Fields: `prompt` and `completion`, each text or a list of token ids; `advantage`, or instead `reward` and `group` (text
+or a whole number, the same for all completions of a prompt in a file): an advantage is then (reward - mean) / standard
 deviation of the group, and 0 where its rewards differ by rounding alone (Shao et al. 2024, section 4.1.2). In all rows
 or in none, `old_log_probs` and `reference_log_probs`: a list with a number for each token of the completion, in nats,
 under the policy that sampled it and under the reference model; one more for the end of document where the completion is
@@ -11,12 +11,12 @@ text.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from pydantic import ConfigDict
 
 from longtrain.core.errors import Refused
+from longtrain.core.paths import GivenPath
 from longtrain.data.config import SourceConfig
 from longtrain.data.records import Record, find_records, read_records, shown
 from longtrain.data.source import Completion, Example, InputFile
@@ -34,7 +34,7 @@ class Config(SourceConfig):
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    path: Path | None
+    path: GivenPath | None
     """A file, or a folder whose `*.jsonl` and `*.parquet` files are read."""
 
 
@@ -55,6 +55,10 @@ def examples(config: Config) -> Iterator[Example]:
     for file in files:
         groups = {} if given else _groups(file)
         for record in read_records([file], ("prompt", "completion", *_WORTH, *OPTIONAL_COLUMNS)):
+            if record.has("advantage") and record.has("reward"):
+                raise Refused(
+                    f"{record.place}: has an 'advantage' and a 'reward', of which only one can count; drop one of them"
+                )
             advantage = record.number("advantage") if given else _advantage(record, groups)
             token_values = {name: record.log_probs(name) for name in OPTIONAL_COLUMNS if record.has(name)}
             values = {"advantage": advantage}

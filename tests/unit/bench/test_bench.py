@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from longtrain.bench import _report, kernels, parse_options, summaries
+from longtrain.bench import _report, kernels, parse_options, recall, summaries
 from longtrain.bench._operations import OPERATIONS, Call, Layout, Shape, Tensors, packed
 from longtrain.bench._timing import _timing
 from longtrain.cli import main
@@ -50,6 +50,7 @@ def test_options_are_typed() -> None:
     assert config.backends == (Backend.TRITON, Backend.CHUNKED)
     assert config.direction == "both"
     assert parse_options("kernels", kernels.Config, []).ops == tuple(OPERATIONS)
+    assert parse_options("recall", recall.Config, ["pairs=null", "mixers=gla"]).pairs is None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_options_are_typed() -> None:
         ),
         (["kernels", "dtype=bfloat"], "dtype=bfloat: must be"),
         (["kernels", "repeats=0"], "repeats=0: must be greater than or equal to 1"),
+        (["kernels", "out="], "out=: is empty, which would be the current folder"),
         (["kernels", "out=/nowhere/kernels.json", *TINY], "out=/nowhere/kernels.json: cannot be written"),
     ],
 )

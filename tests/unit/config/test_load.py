@@ -31,8 +31,8 @@ def refusal(overrides: list[str]) -> str:
 
 
 def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
-    config = load([*toys, "context_length=1M", "data.path=books"])
-    assert config.context_length == 2**20
+    config = load([*toys, "context_length=1M", "stream.logit_tokens=2k", "data.path=books"])
+    assert (config.context_length, config.stream.logit_tokens) == (2**20, 2048)
     assert config.mixer.options["toy"].window == 2048
     assert config.mixer.options["toy"].num_heads == 8
     assert config.mixer.options["other"].scale == 1.0
@@ -96,6 +96,7 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ),
         ("cluster.workers=3", "cluster.workers=3 is not a multiple of sequence_parallel.size=2; use 2 or 4 workers"),
         ("cluster.workers=1", "cluster.workers=1 is not a multiple of sequence_parallel.size=2; use 2 or 4 workers"),
+        ("micro_batch_size=3", "micro_batch_size=3 is more than the batch_size=2 sequences of a step; use 2 or fewer"),
         ("cluster.workers=6", "batch_size=2 is not a multiple of 3 data-parallel ranks (cluster.workers=6 / "),
     ],
 )

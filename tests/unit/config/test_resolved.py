@@ -1,6 +1,7 @@
 """The shipped configuration, loaded with the shipped components."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,24 @@ def test_mistakes_get_one_line(override: str, expected: str) -> None:
     with pytest.raises(Refused) as refused:
         resolve([override])
     assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("run.dir", []),
+        ("initial_weights", []),
+        ("data.store", []),
+        ("objective.reference", ["objective=dpo", "data=preference"]),
+        ("objective.reference", ["objective=grpo", "data=rollouts"]),
+        *(("data.path", [f"data={source}"]) for source in ("text", "jsonl", "parquet")),
+        ("data.path", ["objective=dpo", "data=preference"]),
+        ("data.path", ["objective=grpo", "data=rollouts"]),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(key: str, words: list[str]) -> None:
+    with pytest.raises(Refused, match=rf"^{re.escape(key)}=: is empty, .* name a path"):
+        resolve([*words, f"{key}="])
 
 
 @pytest.mark.parametrize(

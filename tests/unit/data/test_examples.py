@@ -186,15 +186,21 @@ def test_packing_is_into_the_first_of_the_last_sequences_with_room(lengths, seed
     ("source", "row", "words"),
     [
         ("preference", {"prompt": "a", "chosen": "b"}, ["no field 'rejected'", "prompt, chosen"]),
-        ("preference", PAIR | {"chosen": 3}, ["'chosen'", "neither text nor a list of token ids"]),
-        ("preference", PAIR | {"chosen": [1, 2.5]}, ["'chosen'", "neither text"]),
+        ("preference", PAIR | {"chosen": None}, ["field 'chosen' is null; give it a value or remove the row"]),
+        ("preference", PAIR | {"chosen": 3}, ["'chosen' is 3, neither text nor a list of token ids"]),
+        ("preference", PAIR | {"chosen": {"text": "x" * 99}}, ["""'chosen' is {"text": "xxx""", "x..., neither text"]),
+        ("preference", PAIR | {"chosen": [1, 2.5]}, ["'chosen' holds 2.5, neither text"]),
         ("preference", PAIR | {"chosen": [1, 300]}, ["300 is no token id", "257"]),
         ("preference", PAIR | {"rejected": []}, ["the completion has no token"]),
         ("preference", PAIR | {"prompt": ""}, ["the prompt has no token"]),
         ("preference", PAIR | {"reference_chosen": -1.0}, ["no field 'reference_rejected'"]),
-        ("preference", PAIR | REFERENCES | {"reference_chosen": 0.5}, ["'reference_chosen'", "at most 0"]),
+        ("preference", PAIR | REFERENCES | {"reference_chosen": 0.5}, ["'reference_chosen' is 0.5, ", "at most 0"]),
         ("preference", PAIR | REFERENCES | {"reference_chosen": float("nan")}, ["'reference_chosen'", "at most 0"]),
-        ("preference", PAIR | REFERENCES, ["has the values side, reference_log_probs", "earlier rows have side;"]),
+        (
+            "preference",
+            PAIR | REFERENCES,
+            ["has the values side, reference_chosen and reference_rejected, but earlier rows have side;"],
+        ),
         ("preference", PAIR | REFERENCES | {"reference_chosen": -1e300}, ["'reference_chosen'", "float32"]),
         ("rollouts", SAMPLED, ["no field 'advantage', only prompt, completion, group, reward;"]),
         ("rollouts", ROLLOUT | {"advantage": 1e39}, ["'advantage'", "no finite number of float32"]),
@@ -202,9 +208,11 @@ def test_packing_is_into_the_first_of_the_last_sequences_with_room(lengths, seed
         (
             "rollouts",
             ROLLOUT | {"old_log_probs": [-1.0, -9999.0]},
-            ["'old_log_probs'", "as those of all sampled tokens"],
+            ["'old_log_probs' holds -9999.0, ", "as those of all sampled tokens"],
         ),
-        ("rollouts", ROLLOUT | {"advantage": "high"}, ["'advantage'", "no finite number"]),
+        ("rollouts", ROLLOUT | {"old_log_probs": -1.0}, ["'old_log_probs' is -1.0, no list of log-probabilities"]),
+        ("rollouts", ROLLOUT | {"advantage": "high"}, ["""'advantage' is "high", no finite number"""]),
+        ("rollouts", ROLLOUT | {"reward": 1}, ["has an 'advantage' and a 'reward'", "drop one of them"]),
         ("rollouts", ROLLOUT | {"advantage": 10**400}, ["'advantage'", "no finite number"]),
         ("rollouts", ROLLOUT | {"old_log_probs": [-1.0]}, ["the values advantage, old_log_probs"]),
     ],
@@ -270,13 +278,14 @@ def test_groups_are_those_of_a_file(tmp_path, load_source, registry):
 
 @pytest.mark.parametrize("source", ["preference", "rollouts"])
 def test_files_without_rows_are_refused(corpus_of, source):
-    with pytest.raises(Refused, match=rf"data={source}: there are no rows; give one"):
+    with pytest.raises(Refused, match=r"data\.path=/.*/rows\.jsonl: there are no rows; give one"):
         corpus_of(source, [], 64)
 
 
 def test_an_unknown_total_is_refused(corpus_of):
     with pytest.raises(
-        Refused, match=r"rows\.jsonl:1: -9999 in 'reference_log_probs' is no log-probability of 5 tokens"
+        Refused,
+        match=r"rows\.jsonl:1: -9999 in reference_chosen and reference_rejected is no log-probability of 5 tokens",
     ):
         corpus_of("preference", [PAIR | REFERENCES | {"reference_chosen": -9999.0}], 64)
 
@@ -302,7 +311,7 @@ def test_a_number_for_each_token(corpus_of, completion, needed):
 
 
 def test_rows_of_parquet_are_named(corpus_of, tmp_path):
-    with pytest.raises(Refused, match=r"rows\.parquet: row 1: no field 'chosen'"):
+    with pytest.raises(Refused, match=r"rows\.parquet: row 1: field 'chosen' is null;"):
         corpus_of("preference", [PAIR, PAIR | {"chosen": None}], 64, ".parquet")
 
 

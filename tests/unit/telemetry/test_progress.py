@@ -50,6 +50,11 @@ def test_header() -> None:
     assert header[1] == "resumed from runs/tiny/checkpoints/step-00000020: step 20 of 40 is done"
     tuned = Screen(terminal=False).show(replace(STARTED, initial_weights="runs/text/checkpoints/step-00000020"))
     assert tuned[1] == "with the weights of runs/text/checkpoints/step-00000020: step 0 of 40 is done"
+    again = Screen(terminal=False).show(replace(resumed, initial_weights="runs/other"))
+    assert again[1] == (
+        "resumed from runs/tiny/checkpoints/step-00000020 (initial_weights=runs/other is for a new run.name, and not "
+        "read here): step 20 of 40 is done"
+    )
 
 
 def test_plain_lines_come_first_last_and_every_few_seconds() -> None:
