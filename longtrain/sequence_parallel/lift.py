@@ -59,7 +59,9 @@ class Lift:
             _copy(there, x)
         away = Away(there, room, self._begun, self._down.record_event())
         self._leaving.append((x, away))
-        while len(self._leaving) > LEAVING and sum(x.nbytes for x, _ in self._leaving) > LEAVING_BYTES:
+        while (
+            len(self._leaving) > LEAVING and sum(x.untyped_storage().nbytes() for x, _ in self._leaving) > LEAVING_BYTES
+        ):
             self._let_go()
         return away
 

@@ -36,8 +36,8 @@ class DeviceShelf:
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
-        """See `Shelf`. A few rows of a large tensor are copied: they would keep all of it."""
-        self._kept[chunk] = tuple(x if x.nbytes == x.untyped_storage().nbytes() else x.clone() for x in tensors)
+        """See `Shelf`."""
+        self._kept[chunk] = tuple(map(_alone, tensors))
 
     def look(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Shelf`."""
@@ -69,7 +69,7 @@ class HostShelf:
     def put(self, chunk: int, tensors: Sequence[Tensor]) -> None:
         """See `Shelf`."""
         room = self._room.pop(chunk, (None,) * len(tensors))
-        self._away[chunk] = tuple(self._lift.down(x, there) for x, there in zip(tensors, room, strict=True))
+        self._away[chunk] = tuple(self._lift.down(_alone(x), there) for x, there in zip(tensors, room, strict=True))
 
     def look(self, chunk: int) -> tuple[Tensor, ...]:
         """See `Shelf`."""
@@ -94,6 +94,11 @@ class HostShelf:
 
     def _fetch(self, chunk: int) -> tuple[Coming, ...]:
         return tuple(self._lift.up(x) for x in self._away[chunk])
+
+
+def _alone(x: Tensor) -> Tensor:
+    """A few rows of a large tensor are copied: they would keep all of it, while they wait or leave."""
+    return x if x.nbytes == x.untyped_storage().nbytes() else x.clone()
 
 
 def make_shelf(lift: Lift | None) -> Shelf:
