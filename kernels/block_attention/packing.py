@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longtrain_kernels.block_attention.kernel import Block, Squares
+from longtrain_kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Packed:
         firsts = [
             (row, b.queries.start - edge, b.keys.start - edge) for (row, b), edge in zip(each, edges, strict=False)
         ]
-        ends = torch.tensor(edges, dtype=torch.int32).to(device, non_blocking=True)
-        places = torch.tensor(firsts).to(device, non_blocking=True)
+        ends = upload(torch.tensor(edges, dtype=torch.int32), device)
+        places = upload(torch.tensor(firsts), device)
         places = places.repeat_interleave(ends.diff(), dim=0, output_size=edges[-1])
         places[:, 1:] += torch.arange(edges[-1], device=device)[:, None]
         return cls(Squares(ends, max(sizes)), *places.unbind(1))

@@ -124,5 +124,5 @@ def known_names(option: str, names: tuple[str, ...] | None, known: list[str]) ->
     """The names that an option has, or all. Raises Refused for one that is not known."""
     for name in names or ():
         if name not in known:
-            raise Refused(f"{option}: there is no '{name}'{did_you_mean(name, known)}")
+            raise Refused(f"{option}={name}: there is no '{name}'{did_you_mean(name, known)}")
     return tuple(known) if names is None else names

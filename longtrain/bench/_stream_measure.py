@@ -4,6 +4,7 @@ Every rank walks the same list. Where rank 0 works alone the others wait for it 
 """
 
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -106,6 +107,8 @@ def _row(plan: Plan, world: World, workload: Workload, mode: Mode, tokens: int, 
     except Exception as error:  # whatever ends a mode leaves the others their rows
         if ranks > 1:  # but others wait for this rank in a collective
             raise
+        with suppress(RuntimeError):  # of a device that is lost
+            world.synchronize()  # copies may be under way, in memory that goes with the traceback
         row |= {"status": "out of memory" if is_out_of_memory(error) else "error", "detail": one_line(error)}
     finally:
         workload.clear()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from longtrain.core.kinds import LayoutKind
 from longtrain_kernels.spans import Span, Spans
+from longtrain_kernels.upload import upload
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,7 @@ class SequenceLayout:
         if device not in self._starts_by_device:
             most = max(map(len, self.starts))
             rows = [[*row, *[torch.iinfo(torch.int64).max] * (most - len(row))] for row in self.starts]
-            starts = torch.tensor(rows, dtype=torch.int64)
-            self._starts_by_device[device] = starts.to(device, non_blocking=True)  # the host need not wait for it
+            self._starts_by_device[device] = upload(torch.tensor(rows, dtype=torch.int64), device)
         return self._starts_by_device[device]
 
     @cached_property

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 _SUFFIXES = {"k": 2**10, "M": 2**20, "G": 2**30}
+_EXPECTED = "expected a number of tokens such as 4096, 128k, 1M or 1e6"
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([kKMG]?)")
 
 
@@ -14,10 +15,12 @@ def parse_token_count(value: Any) -> Any:
 
     Raises ValueError where the quantity is not a whole number of tokens (`1.3k` is 1331.2).
     """
+    if value is None or isinstance(value, list):
+        raise ValueError(_EXPECTED)
     if isinstance(value, str):
         match = _QUANTITY.fullmatch(value.strip())
         if match is None:
-            raise ValueError("expected a number of tokens such as 4096, 128k, 1M or 1e6")
+            raise ValueError(_EXPECTED)
         number, suffix = match.groups()
         value = float(number) * _SUFFIXES.get("k" if suffix == "K" else suffix, 1)
     if isinstance(value, float):

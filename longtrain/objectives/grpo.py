@@ -40,7 +40,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.reference is not None and not self.kl_coefficient:
-            raise ValueError("a reference does nothing with kl_coefficient=0; set one of them otherwise")
+            raise ValueError("reference is not read with kl_coefficient=0; set the one to null or the other above 0")
 
 
 class Objective(contracts.Objective):

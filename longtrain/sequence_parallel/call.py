@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longtrain.sequence_parallel.prefix import Prefix
+from longtrain.sequence_parallel.prefix import Turn
 from longtrain_kernels.block_attention import BlockAttention
 
 
@@ -17,5 +17,5 @@ class AttendCall:
     v: Tensor
     attention: BlockAttention
     """What computes it, block by block; algorithms other than that for windows have none in it."""
-    prefix: Prefix
+    prefix: Turn
     """Keeps keys and values between chunks; windows, which carry a few rows, leave it empty."""

@@ -14,7 +14,7 @@ from longtrain.core.errors import Refused
 from longtrain.core.layout import SequenceLayout
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.halo import halo
-from longtrain.sequence_parallel.prefix import Prefix, Prefixes
+from longtrain.sequence_parallel.prefix import Prefixes, Turn
 from longtrain.sequence_parallel.shard import Shard
 from longtrain.sequence_parallel.window import attend as attend_window
 from longtrain_kernels.backend import Backend
@@ -68,7 +68,7 @@ class ShardedSequence:
     ) -> Tensor:
         """See `core.contracts.Sequence.attend`. Raises Refused for a kernel that cannot compute it."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention), self._prefix(window))
+        call = AttendCall(q, k, v, BlockAttention(scale, window, self.algorithms.block_attention), self._turn(window))
         try:
             call.attention.choose(q, k, v, self.shard.tokens)
         except Unsupported as problem:
@@ -76,7 +76,7 @@ class ShardedSequence:
         with self._exact():
             if window is None:
                 output = self.algorithms.attend(call, self.shard)
-                self.prefixes.left(self._attends - 1, output)
+                self.prefixes.has_attended(self._attends - 1, output)
                 return output
             return self._keep(*attend_window(call, self.shard, self._carry()))
 
@@ -88,10 +88,10 @@ class ShardedSequence:
         """Autocast off: it would turn the float32 products of states and partial outputs into bfloat16."""
         return torch.autocast(self.shard.device.type, enabled=False)
 
-    def _prefix(self, window: int | None) -> Prefix:
+    def _turn(self, window: int | None) -> Turn:
         """Of the layer that asks, if it sees the whole sequence."""
         if window is not None:
-            return Prefix()
+            return Turn(Prefixes(), 0)
         self._attends += 1
         return self.prefixes.at(self._attends - 1)
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The device waits for the oldest copy to the host when more than so many are unfinished, of so many bytes in all: the
-# carries of a chunk are many and small; the largest, gradients of keys and of values, leave in pairs.
+# The device waits for the oldest copy to the host when more than so many are not known to be finished, of tensors of so
+# many bytes in all: the carries of a chunk are many and small; the largest, gradients of keys and of values, leave in
+# pairs.
 LEAVING, LEAVING_BYTES = 2, 2**28
 
 
@@ -22,6 +23,10 @@ class Away:
     number: int
     """Of the copy; they are done in this order."""
     done: torch.cuda.Event | None
+
+    def is_there(self) -> bool:
+        """Whether the copy is done by now."""
+        return self.done is None or self.done.query()
 
 
 class Lift:
@@ -38,6 +43,7 @@ class Lift:
         self._down, self._up = (torch.cuda.Stream(device) if on_gpu else None for _ in range(2))
         self._begun = 0
         self._leaving: deque[tuple[Tensor, Away]] = deque()
+        self._leaving_bytes = 0
         self._coming: list[Coming] = []
         self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         """Before and after each wait of the compute stream that is not counted yet."""
@@ -59,10 +65,10 @@ class Lift:
             _copy(there, x)
         away = Away(there, room, self._begun, self._down.record_event())
         self._leaving.append((x, away))
-        while (
-            len(self._leaving) > LEAVING and sum(x.untyped_storage().nbytes() for x, _ in self._leaving) > LEAVING_BYTES
-        ):
+        while self._leaving and self._leaving[0][1].is_there():
             self._let_go()
+        while len(self._leaving) > LEAVING and self._leaving_bytes > LEAVING_BYTES:
+            self._wait_for(self._let_go().done)
         return away
 
     def up(self, away: Away) -> "Coming":
@@ -89,7 +95,7 @@ class Lift:
     def settle(self) -> None:
         """Let go of everything that is under way; the device waits for it."""
         while self._leaving:
-            self._let_go()
+            self._wait_for(self._let_go().done)
         for coming in list(self._coming):
             coming.wait()
 
@@ -106,10 +112,11 @@ class Lift:
         self._coming.remove(coming)
         self._wait_for(done)
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> Away:
         """Of what left first."""
-        _, away = self._leaving.popleft()
-        self._wait_for(away.done)
+        x, away = self._leaving.popleft()
+        self._leaving_bytes -= x.untyped_storage().nbytes()
+        return away
 
     def _wait_for(self, done: torch.cuda.Event | None) -> None:
         assert done is not None

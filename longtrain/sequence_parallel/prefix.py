@@ -6,9 +6,9 @@ goes on. Backward, from the last chunk to the first, every chunk adds what it fi
 these; when a chunk's turn comes, those of its own rows are whole.
 """
 
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,8 @@ from longtrain.sequence_parallel.shard import Rows
 from longtrain_kernels.affine import accumulator_dtype
 
 Saved = Tensor | Callable[[], Tensor]
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Where a tensor is, its shape and its strides."""
 
 
 class Filled(Exception):
@@ -31,16 +33,15 @@ class Filled(Exception):
 class Prefix:
     """Of one layer, on one rank."""
 
-    def __init__(self, lift: Lift | None = None, attends: Callable[[], None] = lambda: None) -> None:
-        """`attends` is called when keys and values are on their way to attention."""
-        self._attends = attends
+    def __init__(self, lift: Lift | None = None) -> None:
         self._kept: tuple[RowStore, RowStore]
         self._sums: tuple[SumStore, SumStore]
         if lift is None:
             self._kept, self._sums = (DeviceRows(), DeviceRows()), (DeviceSums(), DeviceSums())
         else:
             self._kept, self._sums = (HostRows(lift), HostRows(lift)), (HostSums(lift), HostSums(lift))
-        self._extended: list[tuple[Tensor, RowStore]] = []
+        self._extended: dict[_Place, RowStore] = {}
+        """While it attends; the tensors themselves would hold this prefix, a cycle if attention raises."""
         self._read_again = False
         """Whether the backward pass reads what was extended last; an algorithm may have saved something else."""
         self.only_fill = False
@@ -66,21 +67,20 @@ class Prefix:
                 store.write(rows, new)
             raise Filled
         found: tuple[Tensor, Tensor] = _Extend.apply(k, v, self, rows)
-        self._extended = list(zip(found, self._kept, strict=True))
-        self._attends()
+        self._extended = dict(zip(map(_place, found), self._kept, strict=True))
         return found
 
     def pack(self, tensor: Tensor) -> Saved | None:
         """How to get back what `extend` returned last, in place of saving it; None for another tensor."""
-        for x, store in self._extended if tensor.numel() else ():
-            if (x.data_ptr(), x.shape, x.stride()) == (tensor.data_ptr(), tensor.shape, tensor.stride()):
-                self._read_again = True
-                return partial(store.read, self.rows)
-        return None
+        store = self._extended.get(_place(tensor)) if tensor.numel() else None
+        if store is None:
+            return None
+        self._read_again = True
+        return partial(store.read, self.rows)
 
-    def leave(self, differentiated: bool) -> None:
-        """The layer has attended."""
-        self._extended, self.differentiated = [], differentiated
+    def has_attended(self, differentiated: bool) -> None:
+        """With the keys and values that were extended last."""
+        self._extended, self.differentiated = {}, differentiated
 
     def prefetch(self, rows: Rows | None) -> None:
         """It attends in this chunk soon, if there is such a chunk."""
@@ -147,17 +147,25 @@ class Prefixes:
         found = [prefix.device_bytes for prefix in self._prefixes]
         return sum(kept for kept, _ in found), sum(sums for _, sums in found)
 
-    def at(self, layer: int) -> Prefix:
+    def at(self, layer: int) -> "Turn":
         """Of the next softmax layer, or of one before."""
         if layer == len(self._prefixes):
-            these = weakref.proxy(self)  # which hold it: a cycle would keep keys and values until it is collected
-            self._prefixes.append(Prefix(self._lift, lambda: these._attends(layer)))
+            self._prefixes.append(Prefix(self._lift))
             self._prefixes[layer].only_fill = layer + 1 == self._filled
-        return self._prefixes[layer]
+        return Turn(self, layer)
 
-    def left(self, layer: int, output: Tensor) -> None:
-        """A layer has attended, with this output."""
-        self._prefixes[layer].leave(output.requires_grad)
+    def extend(self, layer: int, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `Prefix.extend`; attention comes next."""
+        found = self._prefixes[layer].extend(k, v, rows)
+        if layer + 1 < len(self._prefixes) and not self._prefixes[layer + 1].only_fill:
+            self._prefixes[layer + 1].prefetch(rows)
+        elif not self._with_a_graph:
+            self._prefixes[0].prefetch(rows.beside(1))
+        return found
+
+    def has_attended(self, layer: int, output: Tensor) -> None:
+        """A layer, with this output."""
+        self._prefixes[layer].has_attended(output.requires_grad)
         if self._lift is None:
             return
         if output.requires_grad:
@@ -182,13 +190,6 @@ class Prefixes:
             yield
         self._with_a_graph = False
 
-    def _attends(self, layer: int) -> None:
-        rows = self._prefixes[layer].rows
-        if layer + 1 < len(self._prefixes) and not self._prefixes[layer + 1].only_fill:
-            self._prefixes[layer + 1].prefetch(rows)
-        elif not self._with_a_graph:
-            self._prefixes[0].prefetch(rows.beside(1))
-
     def _is_differentiated(self, layer: int) -> None:
         self._prefixes[layer].prefetch_sums()
         self._follow(layer)
@@ -204,6 +205,22 @@ class Prefixes:
         found = (prefix.pack(tensor) for prefix in self._prefixes[:-1])
         # The tensor itself would hold the node that saves it: a cycle, where that is not differentiated.
         return next((saved for saved in found if saved is not None), tensor.detach())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Of a softmax layer to attend, in one chunk."""
+
+    prefixes: Prefixes
+    layer: int
+
+    def extend(self, k: Tensor, v: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """See `Prefix.extend`."""
+        return self.prefixes.extend(self.layer, k, v, rows)
+
+
+def _place(tensor: Tensor) -> _Place:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _unpack(saved: Saved) -> Tensor:

@@ -61,7 +61,7 @@ class Rows:
         return replace(self, chunk=len(self.sees) - 1)
 
     def beside(self, step: int) -> "Rows | None":
-        """Of the chunk so many behind this one, if there is one."""
+        """Of the chunk that comes `step` later, if there is one."""
         chunk = self.chunk + step
         return replace(self, chunk=chunk) if 0 <= chunk < len(self.sees) else None
 

@@ -53,7 +53,7 @@ def check_columns(config: TrainingConfig, objective: "Objective", columns: Seque
         remedy = objective.instead.get(missing[0], "choose another objective")
         raise Refused(
             f"objective={config.objective.name} needs {fields.get(missing[0], missing[0])}, which the rows of "
-            f"data={config.data.name} do not give; add it to all of them, or {remedy}"
+            f"data={config.data.name} do not give; add it to every row, or {remedy}"
         )
 
 

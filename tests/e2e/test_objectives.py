@@ -46,7 +46,7 @@ def test_the_loss_on_preferences_falls_on_two_ranks_with_chunks_of_time(tmp_path
         ),
         (["initial_weights=no/where"], ["initial_weights=no/where does not exist"]),
         (["initial_weights=.", "resume=./"], ["initial_weights and resume=./ both say", "give one of them"]),
-        (["objective=grpo", "data=rollouts", "objective.reference=."], ["does nothing with kl_coefficient=0"]),
+        (["objective=grpo", "data=rollouts", "objective.reference=."], ["is not read with kl_coefficient=0"]),
         (["data=preference"], ["objective=next_token does not read the column 'side' of data=preference"]),
     ],
 )

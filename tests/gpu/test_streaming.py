@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import longtrain
-import longtrain_kernels.spans
 from longtrain.comm.group import Group
 from longtrain.core.contracts import Sequence
 from longtrain.core.layout import SequenceLayout
@@ -61,6 +59,8 @@ def test_copies_are_waited_for(
         torch.cuda._sleep(cycles)
         output = forward(block, x, sequence)
         torch.cuda._sleep(cycles)
+        if output.requires_grad:
+            output.register_hook(lambda grad: torch.cuda._sleep(cycles))
         return output
 
     if late == "copies":
@@ -74,7 +74,7 @@ def test_copies_are_waited_for(
 
 
 def test_the_host_waits_for_the_device_before_the_first_chunk_alone() -> None:
-    """Where it looks which tokens have a label."""
+    """Where it looks which tokens have a label, once for each of four chunks."""
     model = wide_model(("softmax", "gated_delta", "gla", "sliding_window", "softmax"))
     tokens = torch.randint(VOCABULARY, (1, 3001), device="cuda")
     config = StreamConfig("recurrent", 1000, 700, "host")
@@ -85,8 +85,8 @@ def test_the_host_waits_for_the_device_before_the_first_chunk_alone() -> None:
         streamed(model, tokens, config)
         torch.cuda.set_sync_debug_mode("default")
     places = [Path(found.filename) for found in caught if "synchronizing" in str(found.message)]
-    ours = [Path(package.__file__ or "").parent for package in (longtrain, longtrain_kernels.spans)]
-    assert {place.name for place in places if {*ours} & {*place.parents}} == {"head.py"}
+    asked_for = (Path(__file__), Path(torch.cuda.__file__))  # by `streamed`, before and behind the step
+    assert [place.name for place in places if place not in asked_for] == 4 * ["head.py"]
 
 
 def streamed(model: Model, tokens: Tensor, config: StreamConfig) -> tuple[float, list[Tensor], int]:
@@ -140,14 +140,15 @@ def test_waits_for_the_host_are_seen() -> None:
     assert lift.waited() < 0.001
 
 
-def test_memory_of_recurrent_layers_does_not_grow_with_the_context() -> None:
+def test_memory_of_recurrent_layers_does_not_grow_with_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Carries wait on the host: those of 112 chunks, 24 MB, are more than what the bound has to spare."""
+    monkeypatch.setattr(lift_module, "LEAVING_BYTES", 0)
     model = wide_model(("gated_delta", "gla", "simple_gla"))
     peaks = []
     for length in (2**15, 2**18):
         tokens = torch.randint(VOCABULARY, (1, length), device="cuda")
         # The first call compiles kernels and fills caches.
         for _ in range(2):
-            *_, peak = streamed(model, tokens, StreamConfig("all", 2**13, 4096, "host"))
+            *_, peak = streamed(model, tokens, StreamConfig("all", 2**11, 4096, "host"))
         peaks.append(peak)
-    # Tokens and labels themselves are int64; carries wait on the host.
-    assert peaks[1] < 1.1 * peaks[0] + 64 * (2**18 - 2**15)
+    assert peaks[1] < peaks[0] + 40 * (2**18 - 2**15) + 2**22  # tokens and labels, which are int64

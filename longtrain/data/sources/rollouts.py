@@ -51,7 +51,8 @@ def examples(config: Config) -> Iterator[Example]:
         return
     given = first.has("advantage")
     if not given and not (first.has("reward") and first.has("group")):
-        first.refuse_missing("advantage", "give 'advantage', or 'reward' and 'group'")
+        missing = "group" if first.has("reward") else "reward" if first.has("group") else "advantage"
+        first.refuse_missing(missing, "give 'advantage', or 'reward' and 'group'")
     for file in files:
         groups = {} if given else _groups(file)
         for record in read_records([file], ("prompt", "completion", *_WORTH, *OPTIONAL_COLUMNS)):

@@ -245,9 +245,9 @@ def test_every_algorithm_is_measured_unless_some_are_named() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["scan=[rign]"], "scan: there is no 'rign'; did you mean 'ring'?"),
-        (["attend=halo"], "attend: there is no 'halo'"),
-        (["ops=constant"], "ops: there is no 'constant'"),
+        (["scan=[rign]"], "scan=rign: there is no 'rign'; did you mean 'ring'?"),
+        (["attend=halo"], "attend=halo: there is no 'halo'"),
+        (["ops=constant"], "ops=constant: there is no 'constant'"),
         (["layers=[softmax]"], "layers: 'softmax' is no recurrence; `attend` measures softmax attention"),
         (["layers=[glaa]"], "layers: there is no 'glaa'; did you mean 'gla'?"),
         (["ranks=1"], "ranks=1: must be greater than or equal to 2"),

@@ -323,8 +323,8 @@ def test_modes_by_name() -> None:
         (["gate_mode=blok1"], "gate_mode=blok1: there is no mode 'blok1'; did you mean 'block1'?"),
         (["gate_mode=block1-offload"], "gate_mode=block1-offload: device=cpu has all in the host's memory; drop -off"),
         (["ranks=0"], "ranks=0: must be greater than or equal to 1"),
-        (["ranks=2", "scan=rign"], "scan: there is no 'rign'; did you mean 'ring'?"),
-        (["ranks=2", "attend=auto"], "attend: there is no 'auto'"),
+        (["ranks=2", "scan=rign"], "scan=rign: there is no 'rign'; did you mean 'ring'?"),
+        (["ranks=2", "attend=auto"], "attend=auto: there is no 'auto'"),
         (["layout=striped"], "layout=striped: must be"),
     ],
 )

@@ -69,6 +69,7 @@ def test_components_and_lengths_are_loaded(toys: list[str]) -> None:
         ("engine.device=metal", "engine.device=metal: must be 'auto', 'cpu' or 'cuda'; use one of them"),
         ("checkpoint=5", "checkpoint=5: must be an object; set its keys one by one: checkpoint.name=value"),
         ("context_length=1.3k", "context_length=1.3k: 1331.2 is not a whole number of tokens"),
+        ("context_length=null", "context_length=null: expected a number of tokens such as 4096, 128k, 1M or 1e6"),
         ("context_length=long", "context_length=long: expected a number of tokens such as 4096, 128k, 1M or 1e6"),
         ("context_length=0", "context_length=0: must be greater than 0"),
         ("~steps", "steps is missing; add it with +steps=VALUE"),

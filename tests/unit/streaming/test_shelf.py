@@ -13,9 +13,11 @@ from longtrain.sequence_parallel import local
 from longtrain.sequence_parallel.attend import all_gather
 from longtrain.sequence_parallel.call import AttendCall
 from longtrain.sequence_parallel.lift import Away, Coming, Lift
+from longtrain.sequence_parallel.prefix import Prefixes
 from longtrain.sequence_parallel.rows import DeviceRows, DeviceSums, HostRows, HostSums
 from longtrain.sequence_parallel.shard import Rows, Shard
 from longtrain.streaming.shelf import DeviceShelf, HostShelf
+from longtrain_kernels.block_attention import BlockAttention
 from tests.harness.mixers import MIXERS
 from tests.harness.streaming import LOCAL, StreamCase, problem_of, stream_gradients
 
@@ -106,6 +108,68 @@ def test_keys_and_values_are_on_their_way_before_they_are_wanted_and_no_others(
     assert len(fetched) == len(hits)
     assert sums
     assert all(sums)
+
+
+@pytest.mark.parametrize("block_layers", [1, 3, "recurrent", "all"])
+def test_what_comes_is_asked_for_before_attention_is_queued(
+    block_layers: int | Literal["recurrent", "all"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some attention is queued between asking and use, but for the keys and values with which a block begins."""
+    attended, filling = 0, False
+    asked: dict[object, int | None] = {}
+    beside: list[bool] = []
+    fetch, get, prefetch_sums, add = HostRows._fetch, HostRows._get, HostSums.prefetch, HostSums.add
+    filled, forward, gradients = Prefixes.all_filled, BlockAttention.forward, BlockAttention.gradients
+
+    def counted(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any) -> Any:
+            nonlocal attended
+            attended += 1
+            return compute(*arguments)
+
+        return count
+
+    def use(what: object) -> None:
+        begun = asked.pop(what)
+        if begun is not None:
+            beside.append(attended > begun)
+
+    def watch_fetch(store: HostRows, rows: Rows, own: bool) -> Coming:
+        asked[store, rows.chunk, own] = None if filling else attended
+        return fetch(store, rows, own)
+
+    def watch_get(store: HostRows, rows: Rows, own: bool) -> Tensor:
+        found = get(store, rows, own)
+        use((store, rows.chunk, own))
+        return found
+
+    def watch_prefetch(store: HostSums, rows: Rows) -> None:
+        if store._away is not None:
+            asked.setdefault(store, attended)
+        prefetch_sums(store, rows)
+
+    def watch_add(store: HostSums, x: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+        if store._away is not None:
+            use(store)
+        return add(store, x, rows, dtype)
+
+    def watch_filled(prefixes: Prefixes) -> None:
+        nonlocal filling
+        filling = True
+        filled(prefixes)
+        filling = False
+
+    monkeypatch.setattr(HostRows, "_fetch", watch_fetch)
+    monkeypatch.setattr(HostRows, "_get", watch_get)
+    monkeypatch.setattr(HostSums, "prefetch", watch_prefetch)
+    monkeypatch.setattr(HostSums, "add", watch_add)
+    monkeypatch.setattr(Prefixes, "all_filled", watch_filled)
+    monkeypatch.setattr(BlockAttention, "forward", counted(forward))
+    monkeypatch.setattr(BlockAttention, "gradients", counted(gradients))
+    case = StreamCase(("softmax", "simple_gla", "softmax", "softmax"), block_layers, 5, 28, offload="host")
+    stream_gradients(case, problem_of(case), Group(0, 1), LOCAL, torch.device("cpu"))
+    assert len(beside) > 20
+    assert all(beside)
 
 
 def test_what_was_fetched_in_vain_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from longtrain.comm.group import Group
 from longtrain.sequence_parallel.prefix import Prefixes
 from longtrain.streaming.waiting import Waiting
+from longtrain_kernels.block_attention import BlockAttention
 from tests.harness.streaming import LOCAL, SEQUENCES, StreamCase, problem_of, stream_gradients
 
 BYTES, TOKENS, CHUNK = 8, 29, 5
@@ -96,3 +98,29 @@ def test_nothing_waits_any_more_after_a_step(
         gc.enable()
     assert made_in_all
     assert left == 0
+
+
+@pytest.mark.parametrize("offload", ["none", "host"])
+@pytest.mark.parametrize("pattern", [("simple_gla", "softmax"), ("gla", "softmax", "softmax")])
+def test_nothing_waits_after_a_step_that_fails(
+    pattern: tuple[str, ...], offload: Literal["none", "host"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As memory ends: in attention, where a graph is there already."""
+    case, attend = StreamCase(pattern, "all", CHUNK, TOKENS, offload=offload), BlockAttention.__call__
+    problem_of(case)
+
+    def fail(attention: BlockAttention, *arguments: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            raise MemoryError
+        return attend(attention, *arguments)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    before = tensors()
+    monkeypatch.setattr(BlockAttention, "__call__", fail)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            watched(case)
+    assert tensors() == before
