@@ -31,7 +31,7 @@ from longtrain_kernels.backend import Backend
 ROUNDINGS = 2.0
 LOSS_SHARE = 0.05
 """Of the bound on gradients, for the loss: roundings cancel in a mean over thousands of tokens."""
-CHUNKS, LOGIT_PARTS = 5, 3  # at least, of the short sequence
+CHUNKS, DOCUMENTS, LOGIT_PARTS = 5, 16, 3  # at least, of the short sequence; documents where there are any
 LOSS, TOGETHER = "loss", "all gradients"
 
 Found = dict[str, Tensor]
@@ -73,6 +73,12 @@ class Short:
         """Tokens of a chunk here: there are several."""
         return min(self.chunk_tokens, -(-self.tokens // CHUNKS))
 
+    def shorten(self, workload: Workload) -> Workload:
+        """Its documents: several begin in a chunk."""
+        if workload.document_tokens is None:
+            return workload
+        return replace(workload, document_tokens=min(workload.document_tokens, -(-self.tokens // DOCUMENTS)))
+
     def config(self, mode: Mode, chunk_tokens: int) -> StreamConfig:
         """Of a mode."""
         return mode.config(self.tokens, chunk_tokens, min(self.logit_tokens, -(-self.tokens // LOGIT_PARTS)))
@@ -84,7 +90,7 @@ class Gate:
     def __init__(self, alone: Workload, world: World, short: Short) -> None:
         """Raises Refused on every rank where a step does not fit on one of them."""
         self._world, self._short = world, short
-        self._want, noise = self._run(alone)
+        self._want, noise = self._run(short.shorten(alone))
         worst = max(noise, key=lambda name: math.inf if math.isnan(noise[name]) else noise[name])
         finite = math.isfinite(noise[worst])
         own = Verdict(
@@ -108,7 +114,7 @@ class Gate:
         """Compare what the ranks find together in a mode. None for the gate's own run, which is not made again."""
         if mode == self._short.mode and not mode.chunked and self._world.group.size == 1:
             return None
-        return _worst(self._world, self._verdict(workload, mode))
+        return _worst(self._world, self._verdict(self._short.shorten(workload), mode))
 
     def _run(self, alone: Workload) -> tuple[Found, dict[str, float]]:
         """Gradients and loss, and how far each is from float32."""

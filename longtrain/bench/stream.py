@@ -85,7 +85,8 @@ class Config(Options):
     """Lengths of the sequence, over all its ranks; 2 at least: the last token has no label. None: powers of two, from
     8k to 128k for each GPU."""
     document_tokens: TokenCount | None = None
-    """Of each document, where several are packed in the sequence. None: it is one document."""
+    """Of each document, where several are packed in the sequence; less where modes are compared, so that there are
+    some. None: it is one document."""
     modes: Annotated[tuple[str, ...], PlainValidator(_modes)] = tuple(MODES)
     """In this order; a block may have any number of the model's layers, and all but `plain` may offload from a GPU."""
     chunk_tokens: TokenCount | None = None

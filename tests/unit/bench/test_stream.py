@@ -90,6 +90,22 @@ def test_the_gate_lets_right_modes_pass_and_no_wrong_one(precision: Precision, m
     assert [verdict.status for verdict in judge(work, modes)] == ["ok", "ok", "failed", "failed"]
 
 
+def test_modes_are_compared_on_several_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long those are that are timed."""
+    seen: list[int] = []
+    gradients = Workload.gradients
+
+    def watch(work: Workload, length: int, config: StreamConfig, watched: Watch | None = None) -> Step:
+        seen.append(len(work.starts(length)))
+        return gradients(work, length, config, watched)
+
+    monkeypatch.setattr(Workload, "gradients", watch)
+    assert {verdict.status for verdict in judge(replace(workload(), document_tokens=4096), ["block1"])} == {"ok"}
+    assert seen == [16, 16, 16]  # float32's, the gate's and block1's
+    judge(workload(), [])
+    assert set(seen[3:]) == {1}
+
+
 def test_documents_share_a_sequence() -> None:
     packed, config = replace(workload(), document_tokens=7), parse_mode("all").config(64, 16, 64)
     assert packed.starts(16) == (0, 7, 14)
